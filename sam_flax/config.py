@@ -1,0 +1,134 @@
+"""The hyper-parameters of a Segment Anything model, and the published variants.
+
+Source: segment_anything/build_sam.py and modeling/*.py (facebookresearch/segment-anything).
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamConfig:
+    """Everything that fixes the computation graph of a SAM; the numbers live in the parameter pytree.
+
+    Hashable, so that it can be a static argument of `jax.jit`.
+
+    Raises:
+        ValueError: if a size does not divide where it must.
+    """
+
+    img_size: int  # side of the square input canvas, pixels
+    patch_size: int  # side of one token, pixels
+    embed_dim: int  # encoder width D
+    depth: int  # encoder blocks
+    num_heads: int  # encoder attention heads
+    window_size: int  # side of a local attention window, tokens
+    global_attn_indexes: tuple[int, ...]  # blocks that attend globally
+    mlp_ratio: float = 4.0  # hidden / embed_dim of the encoder MLPs
+    out_chans: int = 256  # C: width of the image embedding, the prompts and the decoder
+    mask_in_chans: int = 16  # hidden width of the mask-prompt convolutions
+    decoder_depth: int = 2  # two-way blocks
+    decoder_num_heads: int = 8
+    decoder_mlp_dim: int = 2048
+    num_multimask_outputs: int = 3
+    iou_head_depth: int = 3
+    iou_head_hidden_dim: int = 256
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, 0..255
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    mask_threshold: float = 0.0  # on mask logits
+
+    def __post_init__(self) -> None:
+        for name in ("global_attn_indexes", "pixel_mean", "pixel_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.img_size % self.patch_size:
+            raise ValueError(
+                f"img_size={self.img_size} is not a multiple of patch_size={self.patch_size}; change one of them."
+            )
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; change one of them."
+            )
+        if self.out_chans % (2 * self.decoder_num_heads) or self.out_chans % 8:
+            raise ValueError(
+                f"out_chans={self.out_chans} must be a multiple of 8 and of 2*decoder_num_heads="
+                f"{2 * self.decoder_num_heads}."
+            )
+        if any(not 0 <= i < self.depth for i in self.global_attn_indexes):
+            raise ValueError(
+                f"global_attn_indexes={self.global_attn_indexes} must lie in 0..depth-1={self.depth - 1}."
+            )
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of the canvas."""
+        return self.img_size // self.patch_size
+
+    @property
+    def image_embedding_size(self) -> tuple[int, int]:
+        """(height, width) of the image embedding, tokens."""
+        return (self.grid, self.grid)
+
+    @property
+    def mask_size(self) -> int:
+        """Side of the low-resolution mask logits, pixels: four per token."""
+        return 4 * self.grid
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    def block_window(self, index: int) -> int:
+        """Window size of encoder block `index`, 0 for global attention."""
+        return 0 if index in self.global_attn_indexes else self.window_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dict; `SamConfig.from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SamConfig":
+        """Builds a config from `to_dict` output.
+
+        Raises:
+            ValueError: if fields are unknown or missing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"SAM configuration has unknown fields {unknown}; known are {sorted(known)}.")
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise ValueError(f"SAM configuration is incomplete or mistyped: {error}.") from error
+
+
+VIT_B = SamConfig(
+    img_size=1024,
+    patch_size=16,
+    embed_dim=768,
+    depth=12,
+    num_heads=12,
+    window_size=14,
+    global_attn_indexes=(2, 5, 8, 11),
+)
+VIT_L = dataclasses.replace(
+    VIT_B, embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23)
+)
+VIT_H = dataclasses.replace(
+    VIT_B, embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31)
+)
+# The small SAM that ships: the same graph at laptop size, trained by experiments/train_mini.py.
+MINI = SamConfig(
+    img_size=160,
+    patch_size=8,
+    embed_dim=128,
+    depth=5,
+    num_heads=4,
+    window_size=10,
+    global_attn_indexes=(2, 4),
+    out_chans=128,
+    decoder_num_heads=4,
+    decoder_mlp_dim=256,
+    iou_head_hidden_dim=128,
+)
+CONFIGS = {"vit_b": VIT_B, "vit_l": VIT_L, "vit_h": VIT_H, "mini": MINI}

@@ -1,0 +1,221 @@
+"""The ViT image encoder with windowed and global attention (modeling/image_encoder.py)."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam_flax.config import SamConfig
+from sam_flax.layers import Conv, Linear, MLPBlock, PatchConv, Site, layer_norm
+
+# Attention maps larger than this are never held whole: heads go in turn and queries in chunks.
+MAX_ATTENTION_BYTES = 64 * 2**20
+QUERY_CHUNK = 256
+
+
+def window_partition(x: jax.Array, window: int) -> jax.Array:
+    """(B, H, W, C) -> (B*windows, window, window, C), zero-padded to whole windows."""
+    b, h, w, c = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -h % window), (0, -w % window), (0, 0)))
+    rows, cols = x.shape[1] // window, x.shape[2] // window
+    x = x.reshape(b, rows, window, cols, window, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b * rows * cols, window, window, c)
+
+
+def window_unpartition(windows: jax.Array, hw: tuple[int, int]) -> jax.Array:
+    """Inverse of `window_partition`: (B*windows, window, window, C) -> (B, H, W, C) with the padding cut."""
+    _, window, _, c = windows.shape
+    h, w = hw
+    rows, cols = -(-h // window), -(-w // window)
+    x = windows.reshape(-1, rows, cols, window, window, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, rows * window, cols * window, c)[:, :h, :w]
+
+
+def relative_positions(table: jax.Array, size: int) -> jax.Array:
+    """(2*size-1, C) table of relative positions -> (size, size, C): entry [i, j] belongs to offset i - j."""
+    if len(table) != 2 * size - 1:
+        # Indexing would clamp or shift silently.
+        raise ValueError(
+            f"A table of {len(table)} relative positions is for a grid {(len(table) + 1) // 2} tokens wide, "
+            f"not {size}; apply the block to the grid that it was made for."
+        )
+    offsets = np.arange(size)[:, None] - np.arange(size)[None, :] + size - 1
+    return table[offsets]
+
+
+def attention_probabilities(
+    q: jax.Array, k: jax.Array, bias_h: jax.Array, bias_w: jax.Array
+) -> jax.Array:
+    """Softmax over the keys for any subset of queries.
+
+    Shapes as in `attention`: (..., M, d), (..., N, d), (..., M, H), (..., M, W) -> (..., M, N).
+    """
+    scores = q @ jnp.swapaxes(k, -1, -2)
+    grid = scores.reshape(*scores.shape[:-1], bias_h.shape[-1], bias_w.shape[-1])
+    grid = grid + bias_h[..., :, None] + bias_w[..., None, :]
+    return nn.softmax(grid.reshape(scores.shape))
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias_h: jax.Array,
+    bias_w: jax.Array,
+    softmax_site: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Softmax attention with a decomposed relative-position bias, in bounded memory.
+
+    Args:
+        q: (G, N, d) queries, already scaled; G counts batch and heads, N = H*W tokens.
+        k: (G, N, d).
+        v: (G, N, d).
+        bias_h: (G, N, H) bias of each query on each key row.
+        bias_w: (G, N, W) bias of each query on each key column.
+        softmax_site: called on attention probabilities (..., N).
+
+    Returns:
+        (G, N, d).
+    """
+    groups, n, d = q.shape
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, bh: jax.Array, bw: jax.Array) -> jax.Array:
+        return softmax_site(attention_probabilities(q, k, bh, bw)) @ v
+
+    if groups * n * n * q.dtype.itemsize <= MAX_ATTENTION_BYTES:
+        return attend(q, k, v, bias_h, bias_w)
+
+    chunk = QUERY_CHUNK if n % QUERY_CHUNK == 0 else n
+
+    def one_head(head: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v, bh, bw = head
+        chunks = [a.reshape(n // chunk, chunk, a.shape[-1]) for a in (q, bh, bw)]
+        out = jax.lax.map(lambda c: attend(c[0], k, v, c[1], c[2]), chunks)
+        return out.reshape(n, d)
+
+    return jax.lax.map(one_head, (q, k, v, bias_h, bias_w))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on a grid of tokens with decomposed relative positions."""
+
+    dim: int
+    num_heads: int
+    size: int  # side of the token grid it attends over
+
+    def setup(self) -> None:
+        head_dim = self.dim // self.num_heads
+        self.qkv = Linear(self.dim, 3 * self.dim)
+        self.proj = Linear(self.dim, self.dim)
+        shape = (2 * self.size - 1, head_dim)
+        self.rel_pos_h = self.param("rel_pos_h", nn.initializers.zeros, shape)
+        self.rel_pos_w = self.param("rel_pos_w", nn.initializers.zeros, shape)
+        self.q, self.k, self.v, self.softmax = Site(), Site(), Site(), Site()
+        # Sees everything that makes the attention map, which itself may never exist whole.
+        self.operands = Site()
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, H, W, D) -> (B, H, W, D)
+        b, h, w, _ = x.shape
+        heads, n = self.num_heads, h * w
+        qkv = self.qkv(x).reshape(b, n, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+        q, k, v = (a.reshape(b * heads, n, -1) for a in qkv)
+        q, k, v = self.q(q), self.k(k), self.v(v)
+        q_grid = q.reshape(b * heads, h, w, -1)
+        bias_h = jnp.einsum("ghwc,hkc->ghwk", q_grid, relative_positions(self.rel_pos_h, h))
+        bias_w = jnp.einsum("ghwc,wkc->ghwk", q_grid, relative_positions(self.rel_pos_w, w))
+        biases = bias_h.reshape(b * heads, n, h), bias_w.reshape(b * heads, n, w)
+        operands = self.operands((q * q.shape[-1] ** -0.5, k, v, *biases))
+        out = attention(*operands, self.softmax)
+        out = out.reshape(b, heads, n, -1).transpose(0, 2, 1, 3).reshape(b, h, w, self.dim)
+        return self.proj(out)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `window` > 0 attends in windows, 0 globally."""
+
+    dim: int
+    num_heads: int
+    mlp_dim: int
+    window: int
+    grid: int
+
+    def setup(self) -> None:
+        self.norm1, self.norm2 = layer_norm(), layer_norm()
+        self.attn = Attention(self.dim, self.num_heads, self.window or self.grid)
+        self.mlp = MLPBlock(self.dim, self.mlp_dim)
+
+    def attention_part(self, x: jax.Array) -> jax.Array:  # (B, H, W, D) -> (B, H, W, D), residual included
+        y = self.norm1(x)
+        if self.window:
+            y = window_unpartition(self.attn(window_partition(y, self.window)), (x.shape[1], x.shape[2]))
+        else:
+            y = self.attn(y)
+        return x + y
+
+    def mlp_part(self, x: jax.Array) -> jax.Array:  # (B, H, W, D) -> (B, H, W, D), residual included
+        return x + self.mlp(self.norm2(x))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.mlp_part(self.attention_part(x))
+
+
+class PatchEmbed(nn.Module):
+    """Image to tokens."""
+
+    patch_size: int
+    embed_dim: int
+
+    def setup(self) -> None:
+        self.proj = PatchConv(3, self.embed_dim, self.patch_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, S, S, 3) -> (B, g, g, D)
+        return self.proj(x)
+
+
+class Neck(nn.Module):
+    """1x1 and 3x3 convolution with norms: encoder width to embedding width."""
+
+    embed_dim: int
+    out_chans: int
+
+    def setup(self) -> None:
+        self.conv1, self.norm1 = Conv(self.embed_dim, self.out_chans, 1), layer_norm()
+        self.conv2, self.norm2 = Conv(self.out_chans, self.out_chans, 3), layer_norm()
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, g, g, D) -> (B, g, g, C)
+        return self.norm2(self.conv2(self.norm1(self.conv1(x))))
+
+
+def make_block(config: SamConfig, index: int) -> Block:
+    """Encoder block `index`; blocks of one kind are equal objects: one compilation serves them all."""
+    return Block(
+        dim=config.embed_dim,
+        num_heads=config.num_heads,
+        mlp_dim=int(config.embed_dim * config.mlp_ratio),
+        window=config.block_window(index),
+        grid=config.grid,
+        parent=None,
+    )
+
+
+class ImageEncoderViT(nn.Module):
+    """Images to embeddings; the stages (`embed`, `blocks`, `neck`) can also be applied one by one."""
+
+    config: SamConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.patch_embed = PatchEmbed(c.patch_size, c.embed_dim)
+        self.pos_embed = self.param(
+            "pos_embed", nn.initializers.normal(0.02), (1, c.grid, c.grid, c.embed_dim)
+        )
+        self.blocks = [make_block(c, i) for i in range(c.depth)]
+        self.neck = Neck(c.embed_dim, c.out_chans)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, S, S, 3) -> (B, g, g, C)
+        x = self.patch_embed(x) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x)

@@ -1,0 +1,241 @@
+"""`SamPredictor`: segment_anything's interface over any SAM of this package, floating point or quantized."""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam_flax import preprocessing
+from sam_flax.config import SamConfig
+from sam_flax.sam import Params, Points, Sam, SamModel
+
+
+class MaskModel(Protocol):
+    """What the predictor needs of a model; `SamModel` and `ahcptq_jax.Quantized` provide it."""
+
+    @property
+    def config(self) -> SamConfig: ...
+
+    def encode_image(self, images: jax.Array) -> jax.Array: ...
+
+    def decode(
+        self,
+        image_embeddings: jax.Array,
+        points: Points | None = None,
+        boxes: jax.Array | None = None,
+        masks: jax.Array | None = None,
+        multimask_output: bool = True,
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+
+class SamPredictor:
+    """Embeds an image once and answers any number of prompts on it (segment_anything/predictor.py).
+
+    Args:
+        model: a `Sam` together with `params`, or alone a `SamModel` or a quantized model.
+        params: the parameters of `model` if it is a `Sam`.
+
+    Raises:
+        TypeError: if a `Sam` comes without parameters or a complete model with them.
+    """
+
+    def __init__(self, model: Sam | MaskModel, params: Params | None = None):
+        complete = all(hasattr(model, name) for name in ("config", "encode_image", "decode"))
+        if isinstance(model, Sam) != (params is not None) or not complete:
+            raise TypeError(
+                f"SamPredictor takes a Sam with its params, SamPredictor(sam, params), or a complete model "
+                f"(quantized, SamModel) alone, but got {type(model).__name__} with"
+                f"{'out' if params is None else ''} params."
+            )
+        if isinstance(model, Sam):
+            assert params is not None
+            model = SamModel(model, params)
+        self.model: MaskModel = model
+        self.reset_image()
+
+    def reset_image(self) -> None:
+        """Forgets the current image."""
+        self.features: jax.Array | None = None
+        self.original_size: tuple[int, int] = (0, 0)
+        self.input_size: tuple[int, int] = (0, 0)
+
+    @property
+    def is_image_set(self) -> bool:
+        return self.features is not None
+
+    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+        """Embeds an image.
+
+        Args:
+            image: (H, W, 3) uint8.
+            image_format: "RGB" or "BGR", the order of the channels.
+
+        Raises:
+            ValueError: if the image has another type or shape, or the format is unknown.
+        """
+        # First of all: after a failure no prompt may be answered on the image before.
+        self.reset_image()
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"image_format must be 'RGB' or 'BGR' but is {image_format!r}.")
+        image = preprocessing.check_image(image)
+        if image_format == "BGR":
+            image = np.ascontiguousarray(image[..., ::-1])
+        canvas, self.input_size = preprocessing.prepare_image(image, self.model.config)
+        self.original_size = (image.shape[0], image.shape[1])
+        self.features = self.model.encode_image(jnp.asarray(canvas[None]))
+
+    def get_image_embedding(self) -> np.ndarray:
+        """The embedding of the current image in segment_anything's layout, (1, C, g, g)."""
+        return np.asarray(self._features()).transpose(0, 3, 1, 2)
+
+    def predict(
+        self,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Masks for one prompt on the current image, in pixels of the original image.
+
+        Args:
+            point_coords: (P, 2) x, y.
+            point_labels: (P,) 1 object, 0 background.
+            box: (4,) x0, y0, x1, y1.
+            mask_input: (1, 4g, 4g) logits of an earlier prediction.
+            multimask_output: three masks instead of one.
+            return_logits: logits instead of booleans.
+
+        Returns:
+            masks (M, H, W), predicted IoU (M,), low-resolution logits (M, 4g, 4g).
+
+        Raises:
+            RuntimeError: if no image is set.
+            ValueError: if a prompt has a wrong shape, is not finite, or lies outside the image.
+        """
+        self._features()
+        size = self.model.config.mask_size
+        if box is not None and np.shape(box) == (1, 4):  # segment_anything takes it too
+            box = np.asarray(box)[0]
+
+        def one(name: str, array: np.ndarray | None, shape: tuple[int | None, ...]) -> np.ndarray | None:
+            return None if array is None else _check(name, array, shape)[None]
+
+        masks, iou, low_res = self.predict_batch(
+            boxes=one("box", box, (4,)),
+            point_coords=one("point_coords", point_coords, (None, 2)),
+            point_labels=one("point_labels", point_labels, (None,)),
+            mask_input=one("mask_input", mask_input, (1, size, size)),
+            multimask_output=multimask_output,
+            return_logits=return_logits,
+        )
+        return masks[0], iou[0], low_res[0]
+
+    def predict_batch(
+        self,
+        boxes: np.ndarray | None = None,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = False,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """N prompts on the current image at once; see `predict`.
+
+        Args:
+            boxes: (N, 4).
+            point_coords: (N, P, 2).
+            point_labels: (N, P), -1 for padding.
+            mask_input: (N, 1, 4g, 4g).
+
+        Returns:
+            masks (N, M, H, W), predicted IoU (N, M), low-resolution logits (N, M, 4g, 4g).
+        """
+        features = self._features()
+        config = self.model.config
+        points = None
+        if (point_coords is None) != (point_labels is None):
+            raise ValueError("point_coords and point_labels must be given together; one of them is missing.")
+        if point_coords is not None and point_labels is not None:
+            coords = _check("point_coords", point_coords, (None, None, 2))
+            labels = _check("point_labels", point_labels, coords.shape[:2])
+            if not np.isin(labels, (-1, 0, 1)).all():
+                raise ValueError("point_labels must be 1 (object), 0 (background) or -1 (padding).")
+            height, width = self.original_size
+            inside = ((coords >= 0) & (coords <= [width, height])).all(-1) | (labels < 0)
+            if not inside.all():
+                raise ValueError(
+                    f"point_coords {coords[~inside][0].tolist()} lies outside the image of {width}x{height} "
+                    "pixels; give x, y in pixels of the original image."
+                )
+            moved = preprocessing.apply_coords(coords, self.original_size, config.img_size)
+            points = (jnp.asarray(moved), jnp.asarray(labels, jnp.int32))
+        box_array = None
+        if boxes is not None:
+            boxes = _check("box", boxes, (None, 4))
+            if (boxes[:, 2:] <= boxes[:, :2]).any():
+                raise ValueError("A box has x1 <= x0 or y1 <= y0; give corners as x0, y0, x1, y1 in pixels.")
+            height, width = self.original_size
+            outside = (boxes[:, :2] >= [width, height]).any(-1) | (boxes[:, 2:] <= 0).any(-1)
+            if outside.any():
+                raise ValueError(
+                    f"box {boxes[outside][0].tolist()} lies outside the image of {width}x{height} pixels; "
+                    "give x0, y0, x1, y1 in pixels of the original image."
+                )
+            moved = preprocessing.apply_boxes(boxes, self.original_size, config.img_size)
+            box_array = jnp.asarray(moved)
+        mask_array = None
+        if mask_input is not None:
+            size = config.mask_size
+            mask_array = jnp.asarray(_check("mask_input", mask_input, (None, 1, size, size)))
+            mask_array = jnp.moveaxis(mask_array.astype(jnp.float32), 1, -1)
+        coordinates = None if points is None else points[0]
+        lengths = {len(a) for a in (coordinates, box_array, mask_array) if a is not None}
+        if not lengths:
+            raise ValueError(
+                "No prompt was given; give point_coords with point_labels, a box, or a mask_input."
+            )
+        if len(lengths) > 1:
+            raise ValueError(
+                f"Points, boxes and masks must be as many as each other but number {sorted(lengths)}; give "
+                "each kind of prompt once for every object, or leave that kind out."
+            )
+
+        low_res, iou = self.model.decode(features, points, box_array, mask_array, multimask_output)
+        low = np.asarray(low_res)
+        dtype = np.float32 if return_logits else np.bool_
+        masks = np.empty((*low.shape[:2], *self.original_size), dtype)
+        # One prompt at a time: all logits of a large image at once would be gigabytes.
+        for out, logits in zip(masks, low, strict=True):
+            full = preprocessing.postprocess_masks(
+                logits, self.input_size, self.original_size, config.img_size
+            )
+            out[...] = full if return_logits else full > config.mask_threshold
+        return masks, np.asarray(iou), low
+
+    def _features(self) -> jax.Array:
+        if self.features is None:
+            raise RuntimeError("An image must be set with .set_image(...) before mask prediction.")
+        return self.features
+
+
+def _check(name: str, array: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:
+    """The array if its shape fits (None: any size but zero) and it holds finite numbers."""
+    try:
+        array = np.asarray(array)
+        values = array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is not an array of numbers; give a NumPy array.") from None
+    fits = array.ndim == len(shape) and all(
+        m > 0 and n in (None, m) for n, m in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(
+            f"{name} has shape {array.shape} but must be ({wanted}{',' * (len(shape) == 1)}), none of them 0."
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} contains NaN or infinity; remove those prompts.")
+    return array

@@ -1,0 +1,47 @@
+"""What several test files share: stored numbers of the official functions, and a tiny SAM."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sam_flax import SamConfig
+from sam_flax.checkpoint import Params, convert
+
+# Full float32 products, on accelerators too: the references were computed so.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+DATA = Path(__file__).parent / "data"
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of stored arrays."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Arrays]:
+    """Reads `data/<name>.npz` into a dict."""
+
+    def read(name: str) -> Arrays:
+        with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
+            return dict(file)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def sam_tiny_io(golden: Callable[[str], Arrays]) -> Arrays:
+    """Inputs and outputs of the official code for `sam_tiny`."""
+    return golden("sam_tiny_io_s0")
+
+
+@pytest.fixture(scope="session")
+def sam_tiny(golden: Callable[[str], Arrays]) -> tuple[SamConfig, Params]:
+    """Configuration and parameters of a SAM of four blocks, two windowed and two global, on 8x8 tokens."""
+    config, params = convert(golden("sam_tiny_weights_s0"), decoder_num_heads=4)
+    return config, jax.tree.map(jax.numpy.asarray, params)

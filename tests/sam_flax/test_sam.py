@@ -1,0 +1,487 @@
+"""The model against the official functions' stored outputs, and against itself by other routes."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam_flax import MINI, VIT_B, VIT_H, VIT_L, Sam, SamConfig, SamModel, load_sam
+from sam_flax import image_encoder as encoder_module
+from sam_flax.image_encoder import (
+    Attention,
+    PatchEmbed,
+    attention,
+    make_block,
+    relative_positions,
+    window_partition,
+    window_unpartition,
+)
+from sam_flax.layers import Conv, PatchConv, Site, UpConv
+from sam_flax.sam import apply_embed, apply_stage, encoder_stages
+
+CASES = ("box1", "box3", "points", "points_pad", "mask", "box1_points", "box1_mask")
+
+
+def channels_last(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 1, -1)
+
+
+def assert_close(got: Any, want: Any, tolerance: float = 1e-4) -> None:
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+
+
+def prompts_of(io: dict[str, np.ndarray], case: str) -> dict[str, Any]:
+    """The prompts of a stored case as keyword arguments of `encode_prompts` and `decode`."""
+    kwargs: dict[str, Any] = {}
+    if f"{case}_in_point_coords" in io:
+        kwargs["points"] = (io[f"{case}_in_point_coords"], io[f"{case}_in_point_labels"])
+    if f"{case}_in_boxes" in io:
+        kwargs["boxes"] = io[f"{case}_in_boxes"]
+    if f"{case}_in_masks" in io:
+        kwargs["masks"] = channels_last(io[f"{case}_in_masks"])
+    return jax.tree.map(jnp.asarray, kwargs)
+
+
+@pytest.fixture(scope="module")
+def tiny(sam_tiny) -> SamModel:
+    config, params = sam_tiny
+    return SamModel(Sam(config), params)
+
+
+@pytest.fixture(scope="module")
+def embedding(sam_tiny_io) -> jax.Array:
+    """The official embedding of the first image, channels last."""
+    return jnp.asarray(channels_last(sam_tiny_io["image_embedding"][:1]))
+
+
+# ------------------------------------------------------------------------- against the official functions
+
+
+def test_golden_configuration(sam_tiny):
+    assert sam_tiny[0] == SamConfig(
+        img_size=128,
+        patch_size=16,
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        window_size=3,
+        global_attn_indexes=(1, 3),
+        out_chans=32,
+        mask_in_chans=8,
+        decoder_num_heads=4,
+        decoder_mlp_dim=64,
+        iou_head_hidden_dim=32,
+    )
+
+
+def test_golden_pth_holds_the_same_model(sam_tiny, data_dir):
+    sam, params = load_sam(data_dir / "sam_tiny_s0.pth", decoder_num_heads=4)
+    assert sam.config == sam_tiny[0]
+    jax.tree.map(np.testing.assert_array_equal, params, sam_tiny[1])
+
+
+def test_golden_encoder_stages_in_two_compilations(tiny, sam_tiny_io):
+    apply_stage.clear_cache()
+    encoder = tiny.params["image_encoder"]
+    images = jnp.asarray(channels_last(sam_tiny_io["image"]))
+    x = apply_embed(PatchEmbed(16, 64), {k: encoder[k] for k in ("patch_embed", "pos_embed")}, images)
+    assert_close(x[:1], sam_tiny_io["patch_embed_plus_pos_img0"])
+    for i, (key, module) in enumerate(encoder_stages(tiny.config)):
+        x = apply_stage(module, encoder[key], x)
+        if key != "neck":
+            assert_close(x[:1], sam_tiny_io[f"block{i}_out_img0"])
+    assert_close(x, channels_last(sam_tiny_io["image_embedding"]))
+    assert_close(x, tiny.encode_image(images), 0)
+    # Other parameters in the same compilations.
+    other = SamModel(Sam(tiny.config), jax.tree.map(lambda a: a + np.float32(0.1), tiny.params))
+    assert np.abs(other.encode_image(images) - x).max() > 1e-2
+    assert apply_stage._cache_size() == 3  # windowed blocks, global blocks, the neck
+    assert len({make_block(VIT_H, i) for i in range(VIT_H.depth)}) == 2
+
+
+def test_golden_dense_positions(tiny, sam_tiny_io):
+    pe = tiny.sam.apply({"params": tiny.params}, method=lambda m: m.prompt_encoder.get_dense_pe())
+    assert_close(pe, channels_last(sam_tiny_io["dense_pe"]))
+
+
+@pytest.fixture(scope="module")
+def decode_masks(tiny, embedding):
+    """(sparse, dense) -> multi-mask and single-mask outputs on the official embedding."""
+
+    @jax.jit
+    def run(sparse: jax.Array, dense: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        variables = {"params": tiny.params}
+        return [
+            tiny.sam.apply(variables, embedding, sparse, dense, multimask_output=multi, method="decode_masks")
+            for multi in (True, False)
+        ]
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_prompts_and_masks(tiny, sam_tiny_io, decode_masks, case):
+    io = sam_tiny_io
+    encode = jax.jit(
+        lambda prompts: tiny.sam.apply({"params": tiny.params}, **prompts, method="encode_prompts")
+    )
+    sparse, dense = encode(prompts_of(io, case))
+    assert_close(sparse, io[f"{case}_sparse"])
+    assert_close(dense, channels_last(io[f"{case}_dense"]))
+    multi, single = decode_masks(sparse, dense)
+    for name, (low_res, iou) in (("multi", multi), ("single", single)):
+        assert_close(low_res, io[f"{case}_{name}_low_res_masks"])
+        assert_close(iou, io[f"{case}_{name}_iou"])
+
+
+# -------------------------------------------------------------------------------- against other routes
+
+
+@pytest.fixture(scope="module")
+def two_prompts() -> tuple[Any, ...]:
+    """Two prompts of points (one of them padding), box and mask each, positional for `decode`."""
+    rng = np.random.default_rng(0)
+    boxes = np.sort(rng.uniform(0, 128, (2, 2, 2)), axis=1).reshape(2, 4)
+    points = rng.uniform(0, 128, (2, 3, 2)), np.array([[1, 0, 1], [1, -1, 0]], np.int32)
+    masks = rng.normal(0, 5, (2, 32, 32, 1))
+    return jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.int32 if a.dtype == np.int32 else jnp.float32),
+        (
+            points,
+            boxes,
+            masks,
+        ),
+    )
+
+
+def test_batch_of_prompts_equals_one_at_a_time(tiny, sam_tiny_io, embedding, two_prompts):
+    both = jnp.asarray(channels_last(sam_tiny_io["image_embedding"]))
+    for embeddings in (embedding, both):  # one image for both prompts, an image for each
+        together = tiny.decode(embeddings, *two_prompts)
+        assert [a.shape for a in together] == [(2, 3, 32, 32), (2, 3)]
+        for i in range(2):
+            prompts = jax.tree.map(lambda a, i=i: a[i : i + 1], two_prompts)
+            alone = tiny.decode(embeddings[i : i + 1] if len(embeddings) > 1 else embeddings, *prompts)
+            for got, want in zip(alone, together, strict=True):
+                assert_close(got, want[i : i + 1], 2e-5)
+
+
+def test_whole_graph_in_chunks_equals_stages(monkeypatch, tiny, sam_tiny_io, two_prompts):
+    """`Sam.apply`, with attention forced into chunks, and `SamModel`, which attends directly here."""
+    images = jnp.asarray(channels_last(sam_tiny_io["image"]))
+    want = tiny.decode(tiny.encode_image(images), *two_prompts)
+    monkeypatch.setattr(encoder_module, "MAX_ATTENTION_BYTES", 1)
+    monkeypatch.setattr(encoder_module, "QUERY_CHUNK", 16)
+    got = jax.jit(tiny.sam.apply)({"params": tiny.params}, images, *two_prompts)
+    assert [a.shape for a in got] == [(2, 3, 32, 32), (2, 3)]
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, 1e-4)
+
+
+def test_padding_point_changes_the_tokens_but_its_place_does_not_matter(tiny):
+    def sparse(coords):
+        points = (jnp.asarray(coords, jnp.float32)[None], jnp.asarray([[1, -1]]))
+        return tiny.sam.apply({"params": tiny.params}, points, method="encode_prompts")[0]
+
+    assert_close(sparse([[10, 20], [0, 0]]), sparse([[10, 20], [77, 3]]), 0)
+
+
+# ----------------------------------------------------------------------------------------- attention, windows
+
+
+def attention_operands(groups: int, h: int, w: int, d: int = 8) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(3)
+    n = h * w
+    shapes = [(groups, n, d)] * 3 + [(groups, n, h), (groups, n, w)]
+    return tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+
+
+def halve(p: jax.Array) -> jax.Array:
+    """Stands in for a quantizer that training differentiates."""
+    return p + jax.lax.stop_gradient(jnp.round(p * 64) / 64 - p)
+
+
+@pytest.mark.parametrize("chunk", [16, 12])  # 12 does not divide the 64 queries: they stay whole
+def test_attention_in_chunks_equals_direct(monkeypatch, chunk):
+    operands = attention_operands(3, 8, 8)
+
+    def values_and_gradients() -> Any:
+        loss = lambda *a: (jnp.sum((out := attention(*a, halve)) ** 2), out)  # noqa: E731
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*operands)
+        return out, gradients
+
+    direct, direct_gradients = values_and_gradients()
+    monkeypatch.setattr(encoder_module, "MAX_ATTENTION_BYTES", 1)
+    monkeypatch.setattr(encoder_module, "QUERY_CHUNK", chunk)
+    out, gradients = values_and_gradients()
+    assert_close(out, direct, 1e-5)
+    for got, want in zip(gradients, direct_gradients, strict=True):
+        assert_close(got, want, 1e-4)
+
+
+def random_params(module: nn.Module, *args: Any) -> Any:
+    """Parameters without the compilations of real initialisers."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    return jax.tree.map(lambda a: rng.normal(0, 0.5, a.shape).astype(np.float32), shapes)
+
+
+def test_attention_equals_the_formula_in_float64():
+    side, heads, dim = 4, 2, 8
+    module = Attention(dim, heads, size=side)
+    x = np.random.default_rng(0).normal(size=(1, side, side, dim)).astype(np.float32)
+    params = random_params(module, x)
+    p = jax.tree.map(lambda a: a.astype(np.float64), params)
+    n = side * side
+    qkv = x.reshape(n, dim).astype(np.float64) @ p["qkv"]["kernel"] + p["qkv"]["bias"]
+    q, k, v = np.moveaxis(qkv.reshape(n, 3, heads, dim // heads), 1, 0)
+    out = np.zeros((n, heads, dim // heads))
+    for head in range(heads):
+        for i in range(n):
+            scores = np.empty(n)
+            for j in range(n):
+                vertical = p["rel_pos_h"][i // side - j // side + side - 1]
+                horizontal = p["rel_pos_w"][i % side - j % side + side - 1]
+                scores[j] = q[i, head] @ (k[j, head] / np.sqrt(dim // heads) + vertical + horizontal)
+            e = np.exp(scores - scores.max())
+            out[i, head] = (e / e.sum()) @ v[:, head]
+    want = out.reshape(n, dim) @ p["proj"]["kernel"] + p["proj"]["bias"]
+    got = jax.jit(module.apply)({"params": params}, x)[0]
+    assert_close(got, want.reshape(side, side, dim), 2e-5)
+    with pytest.raises(ValueError, match="7 relative positions is for a grid 4 tokens wide, not 3"):
+        jax.eval_shape(module.apply, {"params": params}, x[:, :3])
+
+
+def test_relative_positions_are_row_minus_column():
+    table = jnp.arange(5.0)[:, None]  # offsets -2..2
+    assert relative_positions(table, 3)[..., 0].tolist() == [[2, 1, 0], [3, 2, 1], [4, 3, 2]]
+
+
+@pytest.mark.parametrize(("h", "w", "window"), [(8, 8, 3), (64, 64, 14), (5, 7, 4), (6, 6, 3), (2, 2, 5)])
+def test_windows(h, w, window):
+    x = np.random.default_rng(0).normal(size=(2, h, w, 3)).astype(np.float32)
+    windows = np.asarray(jax.jit(window_partition, static_argnums=1)(x, window))
+    rows, cols = -(-h // window), -(-w // window)
+    assert windows.shape == (2 * rows * cols, window, window, 3)
+    padded = np.zeros((2, rows * window, cols * window, 3), np.float32)
+    padded[:, :h, :w] = x
+    index = 0
+    for b in range(2):
+        for i in range(rows):
+            for j in range(cols):
+                part = padded[b, i * window : (i + 1) * window, j * window : (j + 1) * window]
+                np.testing.assert_array_equal(windows[index], part)
+                index += 1
+    back = jax.jit(window_unpartition, static_argnums=1)(windows, (h, w))
+    np.testing.assert_array_equal(back, x)
+
+
+# ------------------------------------------------------------------------------------------------- layers
+
+
+def convolve(x: np.ndarray, kernel: np.ndarray, stride: int, padding: str) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_convolution_equals_lax(size):
+    x = np.random.default_rng(0).normal(size=(2, 6, 9, 4)).astype(np.float32)
+    module = Conv(4, 5, size)
+    params = random_params(module, x)
+    assert_close(jax.jit(module.apply)({"params": params}, x), convolve(x, params["kernel"], 1, "SAME"), 1e-5)
+
+
+def test_patch_convolution_equals_lax():
+    x = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
+    module = PatchConv(3, 5, 4)
+    params = random_params(module, x)
+    want = convolve(x, params["kernel"], 4, "VALID") + params["bias"]
+    assert_close(jax.jit(module.apply)({"params": params}, x), want, 1e-5)
+
+
+def test_transposed_convolution_places_each_tap():
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    module = UpConv(5, 6)
+    params = random_params(module, x)
+    out = np.asarray(jax.jit(module.apply)({"params": params}, x))
+    assert out.shape == (2, 6, 8, 6)
+    for a in range(2):
+        for b in range(2):
+            assert_close(out[:, a::2, b::2], x @ params["kernel"][a, b] + params["bias"], 1e-5)
+
+
+# --------------------------------------------------------------------------------------- parameters and sites
+
+
+def shapes_of(tree: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(k.key for k in path): (a.shape, a.dtype) for path, a in leaves}
+
+
+def whole_graph_arguments(config: SamConfig) -> tuple[Any, ...]:
+    points = (jnp.zeros((1, 1, 2)), jnp.ones((1, 1), jnp.int32))
+    images = jnp.zeros((1, config.img_size, config.img_size, 3))
+    masks = jnp.zeros((1, config.mask_size, config.mask_size, 1))
+    return images, points, jnp.zeros((1, 4)), masks
+
+
+def test_init_params_equal_flax_init_in_shape(sam_tiny):
+    config, loaded = sam_tiny
+    sam = Sam(config)
+    want = jax.eval_shape(sam.init, jax.random.key(0), *whole_graph_arguments(config))["params"]
+    params = sam.init_params(jax.random.key(0))
+    assert shapes_of(params) == shapes_of(want) == shapes_of(loaded)
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(params))
+
+
+def test_init_params_depend_on_the_key_alone(sam_tiny):
+    sam = Sam(sam_tiny[0])
+    first, again, other = (sam.init_params(jax.random.key(seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    kernel = ("image_encoder", "blocks_0", "attn", "qkv", "kernel")
+    for step in kernel:
+        first, other = first[step], other[step]
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (VIT_B, 93_735_472),
+        pytest.param(VIT_L, 312_342_832, marks=pytest.mark.slow),
+        pytest.param(VIT_H, 641_090_608, marks=pytest.mark.slow),
+    ],
+)
+def test_published_parameter_counts(config, count):
+    shapes = jax.eval_shape(Sam(config).init, jax.random.key(0), *whole_graph_arguments(config))["params"]
+    assert sum(a.size for a in jax.tree.leaves(shapes)) == count
+
+
+def expected_sites(config: SamConfig) -> set[str]:
+    paths: set[str] = set()
+    for i in range(config.depth):
+        block = f"image_encoder/blocks_{i}"
+        paths |= {f"{block}/attn/{s}" for s in ("qkv/input", "q", "k", "v", "operands", "softmax")}
+        paths |= {f"{block}/{s}/input" for s in ("attn/proj", "mlp/lin1", "mlp/lin2")}
+    paths |= {f"image_encoder/neck/{s}/input" for s in ("conv1", "conv2")}
+    decoder = "mask_decoder/transformer"
+    attentions = [f"{decoder}/final_attn_token_to_image"]
+    for i in range(config.decoder_depth):
+        layer = f"{decoder}/layers_{i}"
+        names = ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
+        attentions += [f"{layer}/{name}" for name in names]
+        paths |= {f"{layer}/mlp/{s}/input" for s in ("lin1", "lin2")}
+    for path in attentions:
+        paths |= {f"{path}/{s}_proj/input" for s in ("q", "k", "v", "out")}
+        paths |= {f"{path}/{s}" for s in ("q", "k", "v", "operands", "softmax")}
+    heads = [f"output_hypernetworks_mlps_{i}" for i in range(config.num_multimask_outputs + 1)]
+    paths |= {f"mask_decoder/{head}/layers_{j}/input" for head in heads for j in range(3)}
+    depth = config.iou_head_depth
+    return paths | {f"mask_decoder/iou_prediction_head/layers_{j}/input" for j in range(depth)}
+
+
+def record_sites(run) -> list[str]:
+    """Paths of the sites that `run()` calls, in order."""
+    paths: list[str] = []
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, Site):
+            paths.append("/".join(context.module.path))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        run()
+    return paths
+
+
+def test_every_site_is_reached_once_under_its_path(tiny):
+    args = whole_graph_arguments(tiny.config)
+    reached = record_sites(lambda: jax.eval_shape(tiny.sam.apply, {"params": tiny.params}, *args))
+    assert len(reached) == len(set(reached))
+    assert set(reached) == expected_sites(tiny.config)
+
+
+def test_stages_have_the_sites_of_the_whole_graph(tiny):
+    tokens = jnp.zeros((1, tiny.config.grid, tiny.config.grid, tiny.config.embed_dim))
+    paths: set[str] = set()
+    for key, module in encoder_stages(tiny.config):
+        params = tiny.params["image_encoder"][key]
+        reached = record_sites(lambda m=module, p=params: jax.eval_shape(m.apply, {"params": p}, tokens))
+        paths |= {f"image_encoder/{key}/{path}" for path in reached}
+    assert paths == {p for p in expected_sites(tiny.config) if p.startswith("image_encoder/")}
+
+
+def test_a_site_can_be_changed_from_outside(tiny, embedding, sam_tiny_io):
+    box = jnp.asarray(sam_tiny_io["box1_in_boxes"])
+
+    def silence(call, args, kwargs, context):
+        path = context.module.path
+        return args[0] * 0 if path[-2:] == ("lin2", "input") else call(*args, **kwargs)
+
+    with nn.intercept_methods(silence):
+        run = jax.jit(lambda: tiny.sam.apply({"params": tiny.params}, embedding, None, box, method="decode"))
+        changed = run()
+    assert not np.allclose(changed[0], sam_tiny_io["box1_multi_low_res_masks"], atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"img_size": 100}, "img_size=100 is not a multiple of patch_size=16; change one of them"),
+        ({"num_heads": 7}, "embed_dim=768 is not a multiple of num_heads=7; change one of them"),
+        ({"out_chans": 100}, "out_chans=100 must be a multiple of 8"),
+        ({"decoder_num_heads": 24}, r"out_chans=256 must be .* 2\*decoder_num_heads=48"),
+        ({"global_attn_indexes": (2, 12)}, r"global_attn_indexes=\(2, 12\) must lie in 0..depth-1=11"),
+        ({"global_attn_indexes": (-1,)}, r"global_attn_indexes=\(-1,\) must lie in"),
+    ],
+)
+def test_config_errors(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(VIT_B, **changes)
+
+
+def test_config_dict_errors():
+    values = MINI.to_dict()
+    with pytest.raises(ValueError, match=r"unknown fields \['colour'\]"):
+        SamConfig.from_dict(values | {"colour": 1})
+    del values["depth"]
+    with pytest.raises(ValueError, match="incomplete or mistyped.*depth"):
+        SamConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("config", [MINI, VIT_B, VIT_L, VIT_H])
+def test_config_survives_its_dict_and_hashes(config):
+    again = SamConfig.from_dict(config.to_dict() | {"pixel_mean": list(config.pixel_mean)})
+    assert again == config and hash(again) == hash(config)
+
+
+def entry_points(model: SamModel) -> Iterator[Any]:
+    yield model.encode_image
+    yield lambda images: model.sam.apply({"params": model.params}, images, method="encode_image")
+
+
+@pytest.mark.parametrize("shape", [(128, 128, 3), (1, 128, 128), (1, 64, 128, 3), (1, 3, 128, 128)])
+def test_wrong_canvas(tiny, shape):
+    for encode in entry_points(tiny):
+        with pytest.raises(ValueError, match=r"needs images of shape \(batch, 128, 128, 3\) but got"):
+            encode(jnp.zeros(shape))
+
+
+def test_wrong_prompts(tiny, embedding):
+    with pytest.raises(ValueError, match="at least one must be given"):
+        tiny.decode(embedding)
+    with pytest.raises(ValueError, match=r"have sizes \[1, 2\]; give points, boxes and masks of the same"):
+        tiny.decode(embedding, boxes=jnp.zeros((2, 4)), masks=jnp.zeros((1, 32, 32, 1)))
+    with pytest.raises(ValueError, match="3 image embeddings for 2 prompts"):
+        tiny.decode(jnp.tile(embedding, (3, 1, 1, 1)), boxes=jnp.zeros((2, 4)))
