@@ -1,0 +1,110 @@
+"""BIG: detection of bimodal key projections, and the sign flips that make them unimodal (PTQ4SAM).
+
+Runs once per layer before calibration, on the host: a kernel density of one tensor is no work for an accelerator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import scipy.signal
+
+GRID_POINTS = 128
+PEAK_DISTANCE = 32
+PEAK_HEIGHT = 0.01
+MAX_SAMPLES = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Density:
+    """Kernel density of a tensor's values.
+
+    Attributes:
+        grid: ``(GRID_POINTS,)`` values from the smallest to the largest.
+        density: ``(GRID_POINTS,)`` estimated density there.
+        peaks: indices into ``grid`` of the peaks found.
+    """
+
+    grid: np.ndarray
+    density: np.ndarray
+    peaks: np.ndarray
+
+    @property
+    def is_bimodal(self) -> bool:
+        """Whether there are exactly two peaks."""
+        return len(self.peaks) == 2
+
+
+def estimate_density(values: Any, max_samples: int | None = MAX_SAMPLES) -> Density:
+    """Gaussian kernel density with Scott's bandwidth on 128 points, and its peaks.
+
+    Args:
+        values: any shape; the official code passes the first calibration image's key projection.
+        max_samples: above this many values an evenly spaced part of them is used (None: all); the bandwidth stays
+            that of the full count, so that a larger tensor is not smoothed more.
+
+    Raises:
+        ValueError: if there are no values or some are not finite.
+
+    Source: official ``LSQSignFakeQuantize.judge_bimodal``.
+    """
+    data = np.asarray(values, np.float64).reshape(-1)
+    if data.size == 0 or not np.all(np.isfinite(data)):
+        raise ValueError("bimodality needs finite values and at least one; check the calibration images")
+    grid = np.linspace(data.min(), data.max(), GRID_POINTS)
+    spread = data.std(ddof=1) if data.size > 1 else 0.0
+    if spread == 0.0:
+        return Density(grid, np.zeros(GRID_POINTS), np.zeros(0, np.int64))
+    bandwidth = spread * data.size ** (-1 / 5)
+    if max_samples is not None and data.size > max_samples:
+        data = data[np.linspace(0, data.size - 1, max_samples).astype(np.int64)]
+    # (GRID_POINTS, N)
+    density = np.exp(-0.5 * ((grid[:, None] - data) / bandwidth) ** 2).mean(1) / (bandwidth * np.sqrt(2 * np.pi))
+    peaks, _ = scipy.signal.find_peaks(density, height=PEAK_HEIGHT * density.sum(), distance=PEAK_DISTANCE)
+    return Density(grid, density, peaks)
+
+
+def is_bimodal(values: Any, max_samples: int | None = MAX_SAMPLES) -> bool:
+    """Whether the values (any shape) have exactly two peaks; see ``estimate_density``."""
+    return estimate_density(values, max_samples).is_bimodal
+
+
+def channel_signs(channel_mean: Any) -> np.ndarray:
+    """float32 signs that make every channel's mean non-negative: -1 where it is negative, else 1, ``(C,)``.
+
+    (The official sign of a mean of exactly zero is zero, which would erase the channel.)
+    """
+    return np.where(np.asarray(channel_mean) < 0, -1.0, 1.0).astype(np.float32)
+
+
+def flip_signs(
+    q_params: Mapping[str, Any], k_params: Mapping[str, Any], channel_mean: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flips the output channels of both projections whose key mean is negative; q.k is unchanged.
+
+    Args:
+        q_params: ``{"kernel": (in, C), "bias": (C,)}`` of the query projection; the bias may be absent.
+        k_params: the same of the key projection.
+        channel_mean: ``(C,)`` mean of each output channel of the key projection.
+
+    Returns:
+        New ``q_params`` and ``k_params``; the arguments are left alone.
+
+    Raises:
+        ValueError: if the channel counts differ.
+    """
+    signs = channel_signs(channel_mean)
+    for name, params in (("query", q_params), ("key", k_params)):
+        if params["kernel"].shape[-1:] != signs.shape:
+            raise ValueError(
+                f"channel_mean {signs.shape} must have one entry per output channel of the {name} projection "
+                f"{tuple(params['kernel'].shape)}"
+            )
+
+    def flip(params: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value * signs for name, value in params.items()}
+
+    return flip(q_params), flip(k_params)

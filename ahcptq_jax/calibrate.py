@@ -1,0 +1,267 @@
+"""One streaming pass over calibration images: activations -> statistics -> quantizers.
+
+Statistics are taken on the floating-point model, one image at a time, inside the jitted function that runs a block:
+activations never leave it. Blocks of one kind share one compilation, whatever their number.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ahcptq_jax import bimodal, grouping, search
+from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform
+from ahcptq_jax.recipe import BIMODAL_ATTENTION, Kind, site_kind
+from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
+from sam_flax.image_encoder import attention_probabilities
+from sam_flax.sam import Params, Sam, encoder_stages
+
+Sites = tuple[tuple[str, Kind], ...]  # (path, kind), hashable: a static argument
+
+
+def attention_map(operands: tuple[jax.Array, ...], rows: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Probabilities and values of an attention, for at most `rows` queries drawn by `key` (0: all).
+
+    Args:
+        operands: what the `operands` site sees: (q, k, v) of the decoder with q (N, heads, T, d), or
+            (q, k, v, bias_h, bias_w) of the encoder with q (G, T, d).
+
+    Returns:
+        (..., M, T) probabilities, (..., T, d) values.
+    """
+    q, k, v, *biases = operands
+    tokens = q.shape[-2]
+    if 0 < rows < tokens:
+        picked = jnp.sort(jax.random.choice(key, tokens, (rows,), replace=False))
+        q, biases = q[..., picked, :], [b[..., picked, :] for b in biases]
+    if biases:
+        return attention_probabilities(q, k, *biases), v
+    return nn.softmax(q @ jnp.swapaxes(k, -1, -2)), v
+
+
+def _kernel_of(params: Params, layer: str) -> jax.Array:
+    node: Any = params
+    for name in layer.split("/"):
+        node = node[name]
+    return node["kernel"]
+
+
+def _init_statistics(kind: Kind, shape: tuple[int, ...], config: QuantConfig) -> Any:
+    if kind == "hybrid":
+        return search.hybrid_init(search.hybrid_candidates(config.a_bits))
+    if kind == "log2":
+        return search.softmax_init()
+    return search.range_init(shape[-1] if kind == "grouped" else None)
+
+
+def _update_statistics(
+    state: Any, path: str, kind: Kind, captured: Mapping[str, Any], params: Params, key: jax.Array, config: QuantConfig
+) -> Any:
+    bits = config.a_bits
+    if path.endswith("/softmax"):
+        operands = captured[path.removesuffix("softmax") + "operands"]
+        probabilities, values = attention_map(operands, config.softmax_rows, key)
+        if kind == "log2":
+            return search.softmax_update(state, probabilities, values, 2**bits - 1)
+        return search.range_update(state, probabilities)
+    x = captured[path]
+    if kind == "hybrid":
+        kernel = _kernel_of(params, path.removesuffix("/input"))
+        return search.hybrid_update(
+            state, x, kernel, search.hybrid_candidates(bits), bits, config.hluq_reach_maximum
+        )
+    return search.range_update(state, x)
+
+
+def _finalize(state: Any, kind: Kind, config: QuantConfig) -> Quantizer:
+    bits = config.a_bits
+    if kind == "hybrid":
+        candidates = search.hybrid_candidates(bits)
+        return search.hybrid_finalize(state, candidates, bits, config.hluq_reach_maximum).quantizer
+    if kind == "log2":
+        return search.softmax_finalize(state, bits)
+    quantizer = state.quantizer(bits)
+    return group_channels(quantizer, config) if kind == "grouped" else quantizer
+
+
+def group_channels(per_channel: Uniform, config: QuantConfig) -> Grouped:
+    """CAG without reconstruction: down the ladder 8G, 4G, 2G, G at once (paper section on CAG)."""
+    channels = per_channel.scale.shape[0]
+    if config.groups == 0 or config.groups >= channels:
+        return Grouped(per_channel.scale, per_channel.zero_point, jnp.arange(channels), per_channel.bits)
+    last = grouping.ladder(per_channel.scale, per_channel.zero_point, config.groups, config.group_metric)[-1]
+    return Grouped(last.scale, last.zero_point, last.labels, per_channel.bits)
+
+
+Run = Callable[[Params, Any], Any]
+
+
+@partial(jax.jit, static_argnames=("run", "sites", "config"))
+def observe(
+    run: Run, params: Params, statistics: dict[str, Any], inputs: Any, key: jax.Array, *, sites: Sites, config: QuantConfig
+) -> tuple[Any, dict[str, Any]]:
+    """Runs a part of the model on one batch and adds its activations to the statistics of `sites`."""
+    captured: dict[str, Any] = {}
+
+    def capture(path: str, value: Any) -> Any:
+        # The attention map may be inside a loop and is rebuilt from its operands where needed.
+        if not path.endswith("/softmax"):
+            captured[path] = value
+        return value
+
+    with intercept_sites(capture):
+        output = run(params, inputs)
+    keys = jax.random.split(key, len(sites))
+    updated = {
+        path: _update_statistics(statistics[path], path, kind, captured, params, k, config)
+        for (path, kind), k in zip(sites, keys, strict=True)
+    }
+    return output, updated
+
+
+def discover(run: Run, params: Params, inputs: Any, prefix: str, config: QuantConfig) -> tuple[Sites, dict[str, Any]]:
+    """The quantized sites of a part of the model and their empty statistics, found by abstract evaluation."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(path: str, value: Any) -> Any:
+        if not isinstance(value, tuple):
+            shapes[path] = value.shape
+        return value
+
+    with intercept_sites(note):
+        # A new function every time: JAX caches traces of equal functions, and a cached one calls no site.
+        jax.eval_shape(lambda params, inputs: run(params, inputs), params, inputs)
+    kinds = ((path, site_kind(prefix + path, config)) for path in sorted(shapes))
+    sites = tuple((path, kind) for path, kind in kinds if kind is not None)
+    return sites, {path: _init_statistics(kind, shapes[path], config) for path, kind in sites}
+
+
+class _ApplyStage:
+    """`module.apply` as a hashable function: equal modules are equal functions, and share a compilation."""
+
+    def __init__(self, module: nn.Module, method: str | None = None):
+        self.module, self.method = module, method
+
+    def __call__(self, params: Params, inputs: Any) -> Any:
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        return self.module.apply({"params": params}, *args, method=self.method)
+
+    def __hash__(self) -> int:
+        return hash((type(self.module), self.method))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ApplyStage) and (self.module, self.method) == (other.module, other.method)
+
+
+def observe_encoder(
+    sam: Sam,
+    params: Params,
+    images: Iterable[np.ndarray],
+    config: QuantConfig,
+    embed: Callable[[jax.Array], jax.Array],
+) -> tuple[dict[str, Quantizer], list[np.ndarray]]:
+    """Quantizers of the image encoder, and the floating-point embedding of each image.
+
+    Args:
+        images: canvases (S, S, 3), normalised and padded.
+        embed: patch embedding, (1, S, S, 3) -> (1, g, g, D).
+    """
+    encoder = params["image_encoder"]
+    stages = [(key, _ApplyStage(module)) for key, module in encoder_stages(sam.config)]
+    sites: dict[str, Sites] = {}
+    statistics: dict[str, dict[str, Any]] = {}
+    embeddings = []
+    for index, image in enumerate(images):
+        x = embed(jnp.asarray(image[None]))
+        key = jax.random.fold_in(jax.random.key(config.seed), index)
+        for stage, run in stages:
+            if stage not in sites:
+                sites[stage], statistics[stage] = discover(run, encoder[stage], x, f"image_encoder/{stage}/", config)
+            x, statistics[stage] = observe(
+                run, encoder[stage], statistics[stage], x, key, sites=sites[stage], config=config
+            )
+        embeddings.append(np.asarray(x))
+    quantizers = {
+        f"image_encoder/{stage}/{path}": _finalize(statistics[stage][path], kind, config)
+        for stage in sites
+        for path, kind in sites[stage]
+    }
+    return quantizers, embeddings
+
+
+def _decode_run(sam: Sam) -> _ApplyStage:
+    return _ApplyStage(sam, "decode")
+
+
+def _decoder_inputs(embedding: np.ndarray, boxes: np.ndarray) -> tuple:
+    return (jnp.asarray(embedding), None, jnp.asarray(boxes))
+
+
+def unify_keys(
+    sam: Sam, params: Params, embeddings: Sequence[np.ndarray], prompts: Sequence[np.ndarray]
+) -> tuple[Params, list[str]]:
+    """BIG: flips the signs of bimodal keys and of their queries (paper section on BIG; METHOD 4).
+
+    Judged on the first calibration image, as the official code does; the signs of channel means come from all.
+
+    Returns:
+        Equivalent parameters, and the attentions that were flipped.
+    """
+    @jax.jit
+    def keys_of(params: Params, inputs: tuple) -> dict[str, jax.Array]:
+        captured: dict[str, jax.Array] = {}
+
+        def capture(path: str, value: Any) -> Any:
+            if path.endswith("/k") and re.fullmatch(BIMODAL_ATTENTION, path.removesuffix("/k")):
+                # (N, heads, T, d) -> (N, T, heads*d): the channels of k_proj
+                captured[path.removesuffix("/k")] = value.transpose(0, 2, 1, 3).reshape(len(value), value.shape[2], -1)
+            return value
+
+        with intercept_sites(capture):
+            _decode_run(sam)(params, inputs)
+        return captured
+
+    decoder = {k: params[k] for k in ("prompt_encoder", "mask_decoder")}
+    first: dict[str, jax.Array] = {}
+    means: dict[str, np.ndarray] = {}
+    for embedding, boxes in zip(embeddings, prompts, strict=True):
+        found = keys_of(decoder, _decoder_inputs(embedding, boxes))
+        first = first or found
+        for path, k in found.items():
+            means[path] = means.get(path, 0.0) + np.asarray(k.mean((0, 1)))
+    flat, flipped = flatten(params), []
+    for path, k in first.items():
+        if not bimodal.is_bimodal(np.asarray(k)):
+            continue
+        q_path, k_path = f"{path}/q_proj/", f"{path}/k_proj/"
+        q_new, k_new = bimodal.flip_signs(below(q_path, flat), below(k_path, flat), means[path])
+        flat |= {q_path + n: v for n, v in q_new.items()} | {k_path + n: v for n, v in k_new.items()}
+        flipped.append(path)
+    return unflatten(flat), flipped
+
+
+def observe_decoder(
+    sam: Sam,
+    params: Params,
+    embeddings: Sequence[np.ndarray],
+    prompts: Sequence[np.ndarray],
+    config: QuantConfig,
+) -> dict[str, Quantizer]:
+    """Quantizers of the mask decoder, prompted with (P, 4) canvas boxes per image."""
+    decoder = {k: params[k] for k in ("prompt_encoder", "mask_decoder")}
+    run = _decode_run(sam)
+    sites: Sites = ()
+    statistics: dict[str, Any] = {}
+    for index, (embedding, boxes) in enumerate(zip(embeddings, prompts, strict=True)):
+        inputs = _decoder_inputs(embedding, boxes)
+        if not sites:
+            sites, statistics = discover(run, decoder, inputs, "", config)
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
+        _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=config)
+    return {path: _finalize(statistics[path], kind, config) for path, kind in sites}

@@ -1,0 +1,237 @@
+"""CAG: channels of an activation share a few (scale, zero point) pairs, found by k-means.
+
+The official code runs scikit-learn's ``KMeans(random_state=0)``, one random start on the host per layer and stage.
+Here the whole ladder is one compiled function, deterministic on every machine, for all layers of a width at once
+(``jax.vmap``): several k-means++ starts from a fixed key, then centre swaps, so that the result is as good or better.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ahcptq_jax.quantizers import Grouped
+
+METRICS = ("paper", "normalized")
+_SEED = 0
+# (rank by removal cost, rank by inertia) of the centre to take away and of the cluster to split, tried in turn.
+_SWAPS = np.array([(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (2, 1), (1, 2)], np.int32)
+_SWAP_ROUNDS = 20
+_SWAP_LLOYD_STEPS = 1
+_LLOYD_STEPS = 6
+_FEW_POINTS = 96
+
+
+class ChannelGroups(NamedTuple):
+    """Parameters shared by groups of channels.
+
+    Attributes:
+        scale: ``(..., G)`` mean scale of each group.
+        zero_point: ``(..., G)`` rounded mean zero point of each group.
+        labels: ``(..., C)`` group of each channel, int32.
+    """
+
+    scale: jax.Array
+    zero_point: jax.Array
+    labels: jax.Array
+
+    def quantizer(self, bits: int) -> Grouped:
+        """The grouped quantizer with these parameters."""
+        return Grouped(self.scale, self.zero_point, self.labels, bits)
+
+
+def _distances(points: jax.Array, centers: jax.Array) -> jax.Array:
+    """Squared distances (K, N) of points (2, N) to centers (2, K)."""
+    return jnp.square(centers[0][:, None] - points[0]) + jnp.square(centers[1][:, None] - points[1])
+
+
+def _lloyd(points: jax.Array, weights: jax.Array, centers: jax.Array, steps: int) -> jax.Array:
+    """Lloyd iterations on weighted points (2, N) from centers (2, K); an empty cluster keeps its centre."""
+    table = jnp.concatenate([points * weights, weights[None]]).T  # (N, 3)
+
+    def step(_: int, centers: jax.Array) -> jax.Array:
+        distances = _distances(points, centers)
+        # min and a comparison vectorise where argmin does not; a tie counts for both centres, which are then equal
+        # or equally good.
+        nearest = (distances == jnp.min(distances, axis=0)).astype(jnp.float32)  # (K, N)
+        sums = jnp.matmul(nearest, table, precision=jax.lax.Precision.HIGHEST)  # (K, 3)
+        count = sums[:, 2]
+        means = (sums[:, :2] / jnp.where(count > 0, count, 1.0)[:, None]).T
+        return jnp.where(count > 0, means, centers)
+
+    return jax.lax.fori_loop(0, steps, step, centers)
+
+
+def _inertia(points: jax.Array, weights: jax.Array, centers: jax.Array) -> jax.Array:
+    return jnp.sum(weights * jnp.min(_distances(points, centers), axis=0))
+
+
+def _spread_start(noise: jax.Array, points: jax.Array, weights: jax.Array) -> jax.Array:
+    """k-means++ centers (2, K): each next one drawn with probability of its weighted squared distance.
+
+    Args:
+        noise: (K, N) Gumbel noise, by which the largest sum with a log weight is a weighted draw.
+    """
+
+    def draw(weights: jax.Array, noise: jax.Array) -> jax.Array:
+        return points[:, jnp.argmax(jnp.log(weights) + noise)]
+
+    def step(nearest: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        center = draw(weights * nearest, noise)
+        return jnp.minimum(nearest, jnp.sum(jnp.square(points - center[:, None]), axis=0)), center
+
+    first = draw(weights, noise[0])
+    nearest = jnp.sum(jnp.square(points - first[:, None]), axis=0)
+    _, others = jax.lax.scan(step, nearest, noise[1:])
+    return jnp.concatenate([first[None], others]).T
+
+
+def _swap(points: jax.Array, weights: jax.Array, centers: jax.Array, choice: jax.Array) -> jax.Array:
+    """Takes away a centre that is hardly missed and splits a cluster that is badly served."""
+    k = centers.shape[1]
+    distances = _distances(points, centers)  # (K, N)
+    nearest = jnp.min(distances, axis=0)
+    own = distances == nearest
+    second = jnp.min(jnp.where(own, jnp.inf, distances), axis=0)
+    # Coincident centres leave no second one; either can go at no cost.
+    missed = jnp.where(jnp.isfinite(second), second - nearest, 0.0)
+    own_weight = own.astype(jnp.float32) * weights
+    inertia, cost = jnp.matmul(own_weight, jnp.stack([nearest, missed]).T, precision=jax.lax.Precision.HIGHEST).T
+    ranks = min(3, k)
+    removed = jax.lax.top_k(-cost, ranks)[1][jnp.minimum(choice[0], ranks - 1)]
+    split = jax.lax.top_k(jnp.where(jnp.arange(k) == removed, -1.0, inertia), ranks)[1][
+        jnp.minimum(choice[1], ranks - 2)
+    ]
+    center, weight = centers[:, split], own_weight[split]
+    variance = jnp.sum(weight * jnp.square(points - center[:, None]), axis=1) / jnp.maximum(jnp.sum(weight), 1e-30)
+    offset = jnp.sqrt(variance) * (variance == jnp.max(variance))
+    return centers.at[:, removed].set(center + offset).at[:, split].set(center - offset)
+
+
+def _kmeans(points: jax.Array, weights: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Centers (2, K) and labels (N,) of weighted points (2, N); K < N."""
+    count = points.shape[1]
+    if k == 1:
+        center = jnp.sum(points * weights, axis=1, keepdims=True) / jnp.sum(weights)
+        return center, jnp.zeros(count, jnp.int32)
+    starts = 1 if count > _FEW_POINTS else 8  # Where points are few, more tries cost nothing.
+    noise = np.random.default_rng(_SEED).gumbel(size=(starts, k, count)).astype(np.float32)
+
+    def start(noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        centers = _lloyd(points, weights, _spread_start(noise, points, weights), _LLOYD_STEPS)
+        loss = _inertia(points, weights, centers)
+        _, centers, _ = jax.lax.fori_loop(0, _SWAP_ROUNDS, swap, (loss, centers, jnp.int32(0)))
+        centers = _lloyd(points, weights, centers, _LLOYD_STEPS)
+        return _inertia(points, weights, centers), centers
+
+    def swap(_: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        loss, centers, failures = carry
+        trial = _swap(points, weights, centers, jnp.asarray(_SWAPS)[failures % len(_SWAPS)])
+        trial = _lloyd(points, weights, trial, _SWAP_LLOYD_STEPS)
+        trial_loss = _inertia(points, weights, trial)
+        better = trial_loss < loss
+        return jnp.minimum(loss, trial_loss), jnp.where(better, trial, centers), jnp.where(better, 0, failures + 1)
+
+    losses, found = jax.vmap(start)(jnp.asarray(noise))
+    centers = found[jnp.argmin(losses)]
+    return centers, jnp.argmin(_distances(points, centers), axis=0).astype(jnp.int32)
+
+
+def _group(
+    scale: jax.Array, zero_point: jax.Array, weights: jax.Array, k: int, metric: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Groups (N,) weighted parameter pairs: scale (K,), rounded zero point (K,), labels (N,)."""
+    points = jnp.stack([scale, zero_point])
+    if k >= points.shape[1]:
+        return scale, jnp.round(zero_point), jnp.arange(points.shape[1], dtype=jnp.int32)
+    if metric == "normalized":
+        mean = jnp.sum(points * weights, axis=1, keepdims=True) / jnp.sum(weights)
+        unit = jnp.sqrt(jnp.sum(jnp.square(points - mean) * weights, axis=1, keepdims=True) / jnp.sum(weights))
+        unit = jnp.where(unit > 1e-6 * jnp.abs(mean), unit, 1.0)
+    else:
+        unit = jnp.ones((2, 1), jnp.float32)
+    centers, labels = _kmeans(points / unit, weights, k)
+    centers = centers * unit
+    return centers[0], jnp.round(centers[1]), labels
+
+
+def _check(scale: jax.Array, zero_point: jax.Array, num_groups: int, metric: str) -> tuple[jax.Array, jax.Array]:
+    scale, zero_point = jnp.asarray(scale, jnp.float32), jnp.asarray(zero_point, jnp.float32)
+    if scale.ndim < 1 or scale.shape != zero_point.shape or scale.shape[-1] == 0:
+        raise ValueError(
+            f"scale {scale.shape} and zero_point {zero_point.shape} must have the same shape (..., channels)"
+        )
+    if num_groups < 1:
+        raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+    return scale, zero_point
+
+
+@functools.partial(jax.jit, static_argnames=("stages", "metric"))
+def _ladder(scale: jax.Array, zero_point: jax.Array, stages: tuple[int, ...], metric: str) -> tuple[ChannelGroups, ...]:
+    def one(scale: jax.Array, zero_point: jax.Array) -> tuple[ChannelGroups, ...]:
+        labels = jnp.arange(scale.shape[0], dtype=jnp.int32)
+        weights = jnp.ones_like(scale)
+        found = []
+        for k in stages:
+            # Channels of a group have equal values after a stage, so the next one needs only the groups with their
+            # channel counts; an empty group (fewer distinct values than groups) has weight zero.
+            scale, zero_point, mapping = _group(scale, zero_point, weights, k, metric)
+            labels = mapping[labels]
+            weights = jnp.sum(jax.nn.one_hot(labels, scale.shape[0]), axis=0)
+            found.append(ChannelGroups(scale, zero_point, labels))
+        return tuple(found)
+
+    function = one
+    for _ in range(scale.ndim - 1):
+        function = jax.vmap(function)
+    return function(scale, zero_point)
+
+
+def group_channels(
+    scale: jax.Array, zero_point: jax.Array, num_groups: int, metric: str = "paper"
+) -> ChannelGroups:
+    """Groups channels by k-means on their ``(scale, zero_point)``.
+
+    Args:
+        scale: ``(..., C)`` per-channel scales; leading axes are independent layers, done at once.
+        zero_point: ``(..., C)`` per-channel zero points.
+        num_groups: number of groups; with as many as channels (or more) every channel stays alone, G = C.
+        metric: ``"paper"`` clusters the raw pairs, in which the zero point (0..2^bits-1) outweighs the scale;
+            ``"normalized"`` divides both by their deviation over the channels.
+
+    Returns:
+        Groups with the mean scale and the rounded mean zero point. Fewer distinct pairs than groups leave groups
+        without channels, whose parameters are those of some channel.
+
+    Raises:
+        ValueError: on shapes that differ, ``num_groups`` below 1 or an unknown metric.
+
+    Source: official ``GroupLSQFakeQuantize.group_channel``.
+    """
+    scale, zero_point = _check(scale, zero_point, num_groups, metric)
+    return _ladder(scale, zero_point, (num_groups,), metric)[0]
+
+
+def ladder_stages(num_groups: int) -> tuple[int, ...]:
+    """The paper's progressive numbers of groups: 8G, 4G, 2G, G."""
+    return tuple(num_groups * factor for factor in (8, 4, 2, 1))
+
+
+def ladder(
+    scale: jax.Array, zero_point: jax.Array, num_groups: int = 4, metric: str = "paper"
+) -> tuple[ChannelGroups, ...]:
+    """Groups channels down 8G, 4G, 2G, G groups; each stage starts from the values of the one before.
+
+    Args and errors as ``group_channels``.
+
+    Returns:
+        The groups of each stage; the last is the result when nothing is learned in between.
+    """
+    scale, zero_point = _check(scale, zero_point, num_groups, metric)
+    return _ladder(scale, zero_point, ladder_stages(num_groups), metric)

@@ -1,0 +1,139 @@
+"""`quantize(params, calib)`: from a floating-point SAM and a few images to a `Quantized` one."""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ahcptq_jax import calibrate, search
+from ahcptq_jax.config import W4A4, QuantConfig
+from ahcptq_jax.quantized import Quantized, QuantizedWeight
+from ahcptq_jax.quantizers import Uniform
+from ahcptq_jax.recipe import weight_path
+from ahcptq_jax.sites import flatten, unflatten
+from sam_flax import preprocessing
+from sam_flax.checkpoint import infer_config
+from sam_flax.image_encoder import PatchEmbed
+from sam_flax.sam import Params, Sam, apply_embed
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationImage:
+    """One image as the model sees it.
+
+    Attributes:
+        canvas: (S, S, 3) float32, normalised and padded.
+        boxes: (P, 4) float32 prompts in canvas pixels.
+    """
+
+    canvas: np.ndarray
+    boxes: np.ndarray
+
+
+def quantize(params: Params, calib: Iterable[Any], config: QuantConfig = W4A4, *, sam: Sam | None = None) -> Quantized:
+    """Quantizes a SAM, calibrated on a few images.
+
+    Args:
+        params: parameters of a SAM, as `sam_flax.load_sam` returns them.
+        calib: images as (H, W, 3) uint8 arrays, each alone or as (image, boxes) with boxes (N, 4) as x0, y0, x1, y1
+            in pixels of that image. An image alone is prompted with the box that covers it. 32 images are usual.
+        config: bits and switches.
+        sam: the module; by default it is inferred from the parameters' shapes, with the 32 channels per decoder head
+            that all SAMs have.
+
+    Returns:
+        The quantized model, which `sam_flax.SamPredictor` takes as it is.
+
+    Raises:
+        ValueError: if the parameters are no SAM's or not finite, or a calibration image or box is unusable.
+    """
+    if sam is None:
+        heads = max(1, flatten(params)["mask_decoder/iou_token"].shape[-1] // 32)
+        sam = Sam(infer_config(params, decoder_num_heads=heads))
+    return quantize_model(sam, params, calib, config, progress=False)
+
+
+def quantize_model(
+    sam: Sam, params: Params, calib: Iterable[Any], config: QuantConfig, *, progress: bool
+) -> Quantized:
+    """`quantize` with the module given; `progress` shows bars on stderr."""
+    _check_finite(params)
+    rng = np.random.default_rng(config.seed)
+    items = [prepare(i, item, sam, config, rng) for i, item in enumerate(calib)]
+    if not items:
+        raise ValueError("There are no calibration images; give at least one, 32 are usual.")
+
+    def bar(iterable: Iterable[Any], label: str) -> Iterable[Any]:
+        return tqdm(iterable, desc=label, disable=not progress, mininterval=1)
+
+    # METHOD 6: statistics come from the floating-point model; BIG is done before the decoder is calibrated.
+    embed_params = {k: params["image_encoder"][k] for k in ("patch_embed", "pos_embed")}
+    embed = partial(apply_embed, PatchEmbed(sam.config.patch_size, sam.config.embed_dim, parent=None), embed_params)
+    canvases = bar([item.canvas for item in items], "calibrate encoder")
+    activations, embeddings = calibrate.observe_encoder(sam, params, canvases, config, embed)
+    boxes = [item.boxes for item in items]
+    if config.big:
+        params, _ = calibrate.unify_keys(sam, params, embeddings, boxes)
+    shown = list(bar(embeddings, "calibrate decoder"))
+    activations |= calibrate.observe_decoder(sam, params, shown, boxes, config)
+
+    layers = sorted({path for site in activations if (path := weight_path(site)) is not None})
+    flat = flatten(params)
+    weights = {}
+    for layer in bar(layers, "quantize weights"):
+        weights[layer] = quantize_weight(flat.pop(f"{layer}/kernel"), config)
+    return Quantized(unflatten(flat), weights, activations, sam, config)
+
+
+def quantize_weight(kernel: jax.Array, config: QuantConfig) -> QuantizedWeight:
+    """A kernel (..., out) as packed codes, quantized per output channel."""
+    kernel = jnp.asarray(kernel, jnp.float32)
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    if config.weight_search:
+        quantizer = search.search_weight(matrix, config.w_bits)
+    else:
+        quantizer = Uniform.from_range(matrix.min(0), matrix.max(0), config.w_bits)
+    codes = quantizer.encode(matrix).reshape(kernel.shape)
+    return QuantizedWeight.from_codes(codes, quantizer.scale, quantizer.zero_point, config.w_bits)
+
+
+def prepare(index: int, item: Any, sam: Sam, config: QuantConfig, rng: np.random.Generator) -> CalibrationImage:
+    """Checks one calibration item and moves it to the canvas.
+
+    Every image gets `prompts_per_image` boxes, chosen by `rng` or repeated, so that all share one shape.
+
+    Raises:
+        ValueError: if the image or a box is unusable; the sentence names its position.
+    """
+    image, boxes = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+    try:
+        image = preprocessing.check_image(image)
+    except ValueError as error:
+        raise ValueError(f"Calibration item {index}: {error}") from error
+    height, width = image.shape[:2]
+    boxes = np.array([[0, 0, width, height]]) if boxes is None else np.asarray(boxes, np.float64)
+    if boxes.ndim != 2 or boxes.shape[-1] != 4 or len(boxes) == 0 or not np.isfinite(boxes).all():
+        raise ValueError(
+            f"Calibration item {index}: boxes of shape {boxes.shape} must be a non-empty, finite (N, 4) array of "
+            "x0, y0, x1, y1 in pixels."
+        )
+    clipped = np.clip(boxes, 0, [width, height, width, height])
+    if (clipped[:, 2:] <= clipped[:, :2]).any():
+        raise ValueError(
+            f"Calibration item {index}: a box has no area inside its image of {width}x{height} pixels; "
+            "remove it or give corners as x0, y0, x1, y1."
+        )
+    order = np.resize(rng.permutation(len(boxes)), config.prompts_per_image)
+    canvas, _ = preprocessing.prepare_image(image, sam.config)
+    return CalibrationImage(canvas, preprocessing.apply_boxes(clipped[order], (height, width), sam.config.img_size))
+
+
+def _check_finite(params: Params) -> None:
+    for path, value in flatten(params).items():
+        if not bool(jnp.isfinite(jnp.asarray(value)).all()):
+            raise ValueError(f"Parameter {path} contains NaN or infinity; load an intact checkpoint.")

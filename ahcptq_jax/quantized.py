@@ -1,0 +1,165 @@
+"""`Quantized`: a SAM whose weights are packed b-bit codes and whose activations pass through quantizers."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ahcptq_jax import packing
+from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.quantizers import Quantizer, Uniform
+from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
+from sam_flax.config import SamConfig
+from sam_flax.image_encoder import Block, Neck, PatchEmbed
+from sam_flax.sam import Params, Points, Sam, apply_embed, encoder_stages
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["packed", "scale", "zero_point"],
+    meta_fields=["shape", "bits"],
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as packed codes.
+
+    The following conditions hold:
+      * `packed` is uint8, the codes in C order (see `packing.pack`);
+      * `scale` and `zero_point` are (out,), `out` being the last axis of `shape`.
+    """
+
+    packed: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array
+    shape: tuple[int, ...]
+    bits: int
+
+    @classmethod
+    def from_codes(cls, codes: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> "QuantizedWeight":
+        """Packs integer codes of the weight's shape."""
+        return cls(packing.pack(codes, bits), scale, zero_point, tuple(codes.shape), bits)
+
+    def codes(self) -> jax.Array:
+        """uint8 codes of `shape`."""
+        return packing.unpack(self.packed, self.bits, self.shape)
+
+    def decode(self) -> jax.Array:
+        """float32 weight of `shape`."""
+        return Uniform(self.scale, self.zero_point, self.bits).decode(self.codes())
+
+
+def with_decoded(params: Params, weights: Mapping[str, QuantizedWeight]) -> Params:
+    """Parameters with the kernels of the quantized layers filled in."""
+    flat = flatten(params)
+    flat |= {f"{path}/kernel": weight.decode() for path, weight in weights.items()}
+    return unflatten(flat)
+
+
+def _quantize_sites(activations: Mapping[str, Quantizer]):
+    def handle(path: str, value):
+        return activations[path].fake_quant(value) if path in activations else value
+
+    return intercept_sites(handle)
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply_stage(
+    module: Block | Neck,
+    params: Params,
+    weights: dict[str, QuantizedWeight],
+    activations: dict[str, Quantizer],
+    x: jax.Array,
+) -> jax.Array:
+    with _quantize_sites(activations):
+        return module.apply({"params": with_decoded(params, weights)}, x)
+
+
+@partial(jax.jit, static_argnames=("sam", "multimask_output"))
+def _apply_decode(
+    sam: Sam,
+    params: Params,
+    weights: dict[str, QuantizedWeight],
+    activations: dict[str, Quantizer],
+    image_embeddings: jax.Array,
+    points: Points | None,
+    boxes: jax.Array | None,
+    masks: jax.Array | None,
+    multimask_output: bool,
+) -> tuple[jax.Array, jax.Array]:
+    variables = {"params": with_decoded(params, weights)}
+    with _quantize_sites(activations):
+        return sam.apply(variables, image_embeddings, points, boxes, masks, multimask_output, method="decode")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "weights", "activations"],
+    meta_fields=["sam", "quant_config"],
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A quantized SAM, usable wherever `SamPredictor` takes a model.
+
+    Attributes:
+        params: the parameters left in floating point, nested as in the original tree.
+        weights: layer path -> packed weight, e.g. "image_encoder/blocks_0/attn/qkv".
+        activations: site path -> quantizer, e.g. "image_encoder/blocks_0/attn/softmax".
+        sam: the module; static.
+        quant_config: what it was quantized with; static.
+    """
+
+    params: Params
+    weights: dict[str, QuantizedWeight]
+    activations: dict[str, Quantizer]
+    sam: Sam
+    quant_config: QuantConfig
+
+    @property
+    def config(self) -> SamConfig:
+        """The model's configuration."""
+        return self.sam.config
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """Images (B, S, S, 3), normalised and padded -> embeddings (B, g, g, C).
+
+        Weights are decoded block by block, so only one block is ever held in floating point.
+        """
+        encoder = self.params["image_encoder"]
+        embed = PatchEmbed(self.config.patch_size, self.config.embed_dim, parent=None)
+        x = apply_embed(embed, {k: encoder[k] for k in ("patch_embed", "pos_embed")}, images)
+        for key, module in encoder_stages(self.config):
+            prefix = f"image_encoder/{key}/"
+            x = _apply_stage(
+                module, encoder.get(key, {}), below(prefix, self.weights), below(prefix, self.activations), x
+            )
+        return x
+
+    def decode(
+        self,
+        image_embeddings: jax.Array,
+        points: Points | None = None,
+        boxes: jax.Array | None = None,
+        masks: jax.Array | None = None,
+        multimask_output: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `sam_flax.Sam.decode`."""
+        params = {k: self.params[k] for k in ("prompt_encoder", "mask_decoder")}
+        weights = {k: v for k, v in self.weights.items() if k.startswith("mask_decoder/")}
+        activations = {k: v for k, v in self.activations.items() if k.startswith("mask_decoder/")}
+        return _apply_decode(
+            self.sam, params, weights, activations, image_embeddings, points, boxes, masks, multimask_output
+        )
+
+    def float_params(self) -> Params:
+        """All parameters in floating point, quantized weights decoded."""
+        return with_decoded(self.params, self.weights)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held: `fp32` before quantization, `quantized` now (packed codes, quantizers, float remainder)."""
+        remainder = sum(int(np.prod(a.shape)) for a in jax.tree.leaves(self.params))
+        original = remainder + sum(int(np.prod(w.shape)) for w in self.weights.values())
+        held = sum(jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(self))
+        return {"fp32": 4 * original, "quantized": held}

@@ -1,0 +1,265 @@
+"""Searches: the official outcomes, streaming equal to batches, mechanisms, failures."""
+
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ahcptq_jax import search
+from ahcptq_jax.quantizers import Uniform
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(DATA / f"{name}_s0.npz") as arrays:
+        return dict(arrays)
+
+
+def power_loss(quantizer, x) -> float:
+    return float(np.mean(np.abs(np.asarray(quantizer.fake_quant(x), np.float64) - x) ** 2.4))
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def brute_force_weight(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """(best loss, best step) per channel of the two-dimensional search, in float64."""
+    highest = 2**bits - 1
+    width = np.maximum(weight.max(0), 0) - np.minimum(weight.min(0), 0)
+    best, steps = np.full(weight.shape[1], np.inf), np.zeros(weight.shape[1])
+    for step in range(1, 101):
+        scale = np.maximum(width / 100 * step / highest, 1e-8)
+        for zero_point in range(2**bits):
+            codes = np.clip(np.round(weight / scale) + zero_point, 0, highest)
+            loss = np.mean(np.abs((codes - zero_point) * scale - weight) ** 2.4, axis=0)
+            steps = np.where(loss < best, step, steps)
+            best = np.minimum(best, loss)
+    return best, steps
+
+
+def test_loss_power_is_accurate() -> None:
+    values = np.concatenate([np.logspace(-12, 12, 5001), [1.0, 2.0, 0.5, 2**0.5]]).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(search.loss_power)(values), values.astype(np.float64) ** 2.4, rtol=5e-6)
+    assert search.loss_power(jnp.zeros(1))[0] < 1e-37
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_mean_range_is_the_official_one(bits: int) -> None:
+    g = golden("uniform_per_tensor")
+    state = search.range_init()
+    for x in g["x"]:
+        state = search.range_update(state, x)
+    np.testing.assert_allclose(state.minimum, g[f"min_val_b{bits}"], rtol=1e-6)
+    np.testing.assert_allclose(state.maximum, g[f"max_val_b{bits}"], rtol=1e-6)
+    quantizer = search.search_range(g["x"], bits)
+    np.testing.assert_allclose(quantizer.scale, g[f"scale_b{bits}"], rtol=1e-6)
+    assert quantizer.zero_point == g[f"zero_point_b{bits}"]
+    np.testing.assert_allclose(quantizer.fake_quant(g["x"]), g[f"out_b{bits}"], atol=1e-6)
+
+
+def test_mean_range_per_channel_is_the_official_one() -> None:
+    g = golden("cag")
+    quantizer = search.search_range(list(g["x"]), int(g["bits"]), per_channel=True)
+    np.testing.assert_allclose(quantizer.scale, g["scale"], rtol=1e-6)
+    np.testing.assert_array_equal(quantizer.zero_point, g["zero_point"])
+
+
+def test_weight_search_is_the_official_one() -> None:
+    g = golden("uniform_per_channel_mse")
+    found = search.search_weight_ranges(g["w"].T, int(g["bits"]))
+    width = g["best_max"] - g["best_min"]
+    assert np.all(np.abs(found.minimum - g["best_min"]) <= 1e-5 * width)
+    assert np.all(np.abs(found.maximum - g["best_max"]) <= 1e-5 * width)
+    np.testing.assert_allclose(found.quantizer.scale, g["scale"], rtol=1e-5)
+    np.testing.assert_array_equal(found.quantizer.zero_point, g["zero_point"])
+    np.testing.assert_allclose(found.loss, g["best_loss"], rtol=1e-4)
+    np.testing.assert_allclose(found.quantizer.fake_quant(g["w"].T), g["out"].T, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 6])
+def test_weight_search_finds_the_best_candidate(bits: int) -> None:
+    weight = normal((33, 5)) * np.array([1.0, 0.01, 3.0, 1.0, 1.0], np.float32)
+    weight[:, 3] = np.abs(weight[:, 3])
+    weight[0, 4] = 9.0
+    best, steps = brute_force_weight(weight, bits)
+    found = search.search_weight_ranges(weight, bits)
+    np.testing.assert_allclose(found.loss, best, rtol=1e-4)
+    width = np.maximum(weight.max(0), 0) - np.minimum(weight.min(0), 0)
+    np.testing.assert_allclose(found.maximum - found.minimum, width * steps / 100, rtol=1e-4)
+    for channel in range(5):
+        assert len(np.unique(np.asarray(found.quantizer.fake_quant(weight))[:, channel])) <= 2**bits
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_one_sided_weight_keeps_zero_at_an_end(sign: float) -> None:
+    weight = sign * np.abs(normal((40, 3)))
+    quantizer = search.search_weight(weight, 4)
+    np.testing.assert_array_equal(quantizer.zero_point, np.full(3, 0.0 if sign > 0 else 15.0))
+    minmax = Uniform.from_range(weight.min(0), weight.max(0), 4)
+    assert power_loss(quantizer, weight) <= power_loss(minmax, weight)
+
+
+def test_convolution_kernels_and_dead_channels() -> None:
+    kernel = normal((3, 3, 4, 6))
+    kernel[..., 2] = 0.0
+    quantizer = search.search_weight(kernel, 4).validate(6)
+    flat = search.search_weight(kernel.reshape(-1, 6), 4)
+    np.testing.assert_array_equal(quantizer.scale, flat.scale)
+    np.testing.assert_array_equal(quantizer.fake_quant(kernel)[..., 2], 0.0)
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(st.integers(0, 1000), st.floats(0.1, 3.0))
+def test_weight_search_is_never_worse_than_minmax(seed: int, tail: float) -> None:
+    weight = np.sign(normal((32, 4), seed)) * np.abs(normal((32, 4), seed)) ** tail
+    minmax = Uniform.from_range(weight.min(0), weight.max(0), 3)
+    found = search.search_weight(weight, 3)
+    for channel in range(4):
+        losses = [
+            np.mean(np.abs(np.asarray(q.fake_quant(weight))[:, channel] - weight[:, channel]) ** 2.4)
+            for q in (found, minmax)
+        ]
+        # The full range with the rounded zero point is among the candidates.
+        assert losses[0] <= losses[1] * (1 + 1e-4)
+
+
+def test_uniform_search_is_no_worse_than_the_official_one() -> None:
+    # The official search stops at some local minimum; its own per-batch ranges follow from the running means.
+    g = golden("sign_avg_mse")
+    bits = int(g["bits"])
+    state = search.range_init()
+    for i, x in enumerate(g["x"]):
+        before = g["running"][i - 1] * i if i else np.zeros(2)
+        official = Uniform.from_range(*(g["running"][i] * (i + 1) - before).astype(np.float32), bits)
+        ours = search.uniform_mse_update(search.range_init(), x, bits).quantizer(bits)
+        assert power_loss(ours, x) <= power_loss(official, x) * (1 + 1e-4)
+        state = search.uniform_mse_update(state, x, bits)
+    quantizer = search.search_uniform(g["x"], bits)
+    np.testing.assert_allclose(quantizer.scale, state.quantizer(bits).scale)
+    # The mean of the best ranges is nobody's best; on the first batch it stays near the official loss.
+    assert power_loss(quantizer, g["x"][0]) <= 1.05 * float(g["loss_x0"])
+
+
+@pytest.mark.parametrize("name", ["hluq", "hluq_large"])
+def test_breakpoint_search_is_the_official_one(name: str) -> None:
+    # Where the official quantizer has its defect, the reference is the official one on rescaled, unaffected data.
+    g = golden(name)
+    large = name == "hluq_large"
+    np.testing.assert_allclose(search.hybrid_candidates(4), g["candidates"])
+    found = search.search_hybrid_table(g["x"], g["weight"].T, int(g["bits"]))
+    np.testing.assert_allclose(found.loss_table, g["loss_table_intended" if large else "loss_table"], rtol=1e-4)
+    chosen = g["best_intended"] if large else (g["best_range_rate"], g["best_grid_rate"])
+    assert found.range_rate == pytest.approx(chosen[0]) and found.grid_rate == pytest.approx(chosen[1])
+    np.testing.assert_allclose(found.quantizer.minimum, g["running_min"][-1], rtol=1e-6)
+    if not large:
+        np.testing.assert_allclose(found.quantizer.scale_log, g["scale_log"][0], rtol=1e-5)
+        np.testing.assert_allclose(found.quantizer.scale_uniform, g["scale_uni"][0], rtol=1e-5)
+        np.testing.assert_allclose(found.quantizer.fake_quant(g["x"][0]), g["out_quantizer_x0"], atol=1e-5)
+
+
+def test_streamed_breakpoint_search_equals_the_batched_one() -> None:
+    g = golden("hluq")
+    candidates = search.hybrid_candidates(4)
+    state = search.hybrid_init(candidates)
+    for i, x in enumerate(g["x"]):
+        state = search.hybrid_update(state, x, g["weight"].T, candidates, 4)
+        np.testing.assert_allclose(state.range.minimum, g["running_min"][i], rtol=1e-6)
+        np.testing.assert_allclose(state.range.maximum, g["running_max"][i], rtol=1e-6)
+    streamed = search.hybrid_finalize(state, candidates, 4)
+    batched = search.search_hybrid(iter(g["x"]), g["weight"].T, g["bias"], 4)
+    assert jax.tree.all(jax.tree.map(np.array_equal, streamed.quantizer, batched))
+    # Part of the rows: the extremes are those of all of them, the losses nearly so.
+    part = search.hybrid_update(search.hybrid_init(candidates), g["x"][0], g["weight"].T, candidates, 4, row_stride=2)
+    assert part.range.minimum == g["running_min"][0]
+    np.testing.assert_allclose(part.loss_sum, g["loss_table"][0], rtol=0.5)
+
+
+def test_breakpoint_candidates() -> None:
+    assert len(search.hybrid_candidates(4)) == 9
+    # At 2 bits 1/8 and 1/4 both mean one log code.
+    np.testing.assert_allclose(search.hybrid_candidates(2)[:, 1], [1 / 8, 1 / 2] * 3)
+    x, weight = normal((40, 8)), normal((8, 4), 1)
+    paper = search.search_hybrid_table([x], weight, 4)
+    finer = search.hybrid_candidates(4, np.linspace(0.05, 0.7, 14).tolist() + [0.1, 0.3, 0.5], [k / 16 for k in (2, 4, 6, 8)])
+    assert search.search_hybrid_table([x], weight, 4, candidates=finer).loss.min() <= paper.loss.min() * (1 + 1e-5)
+    for bits in (2, 3, 8):
+        search.search_hybrid([x], weight, None, bits, reach_maximum=True).validate()
+    constant = search.search_hybrid([np.ones((4, 8), np.float32)], weight, None, 4).validate()
+    assert constant.fake_quant(1.0) == 1.0
+
+
+def test_hybrid_beats_uniform_behind_gelu() -> None:
+    x = np.asarray(jax.nn.gelu(normal((512, 32)) * 1.5, approximate=False))
+    x[:3] *= 4.0
+    weight = normal((32, 16), 1)
+    hybrid = search.search_hybrid([x], weight, None, 4)
+    uniform = search.search_range([x], 4)
+    errors = [np.mean(np.square((np.asarray(q.fake_quant(x)) - x) @ weight)) for q in (hybrid, uniform)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("levels", [16, None])
+def test_softmax_search_chooses_the_official_tau(levels: int | None) -> None:
+    g = golden("agq")
+    quantizer = search.search_softmax(g["attention"], g["value"], int(g["bits"]), levels).validate()
+    assert quantizer.tau == g["tau"]
+    assert float(quantizer.scale) == pytest.approx(float(g["scale"]), rel=0.01)
+
+
+def test_softmax_search_is_no_worse_than_the_official_one() -> None:
+    # With the official number of levels, whose errors these are. The loss has many dents: the official search may
+    # end in one that falls between the points of the last grid, hence the 1e-4.
+    g = golden("agq")
+    state = search.softmax_init()
+    for i in range(3):
+        one = search.softmax_update(search.softmax_init(), g["attention"][i], g["value"][i], 16)
+        assert np.all(np.asarray(one.error_sum) <= g["per_batch_errors"][i] * (1 + 1e-4))
+        state = search.softmax_update(state, g["attention"][i], g["value"][i], 16)
+    assert np.all(np.asarray(state.error_sum) <= g["tau_errors"] * (1 + 1e-4))
+    assert int(np.argmin(state.error_sum)) == list(g["taus"]).index(g["tau"])
+    assert search.softmax_finalize(state, 4).tau == g["tau"]
+
+
+def test_softmax_search_on_part_of_the_rows_agrees() -> None:
+    attention = jax.nn.softmax(normal((6, 400, 300)) * 2.0)
+    value = normal((6, 300, 8), 1)
+    whole = search.softmax_update(search.softmax_init(), attention, value, 15, None)
+    part = search.softmax_update(search.softmax_init(), attention, value, 15, 2**17)
+    # A large tensor takes the coarse rounds; the small-tensor rounds on the same data must find nothing much better.
+    np.testing.assert_allclose(part.error_sum, whole.error_sum, rtol=0.05)
+    assert int(np.argmin(part.error_sum)) == int(np.argmin(whole.error_sum))
+
+
+def test_refusals() -> None:
+    x, weight = normal((4, 8)), normal((8, 3))
+    with pytest.raises(ValueError, match="bits must be"):
+        search.search_weight(weight, 9)
+    with pytest.raises(ValueError, match="weight must be finite"):
+        search.search_weight(np.full((2, 2), np.nan), 4)
+    with pytest.raises(ValueError, match="nothing to quantize"):
+        search.search_weight(np.zeros((0, 3)), 4)
+    for call in (
+        lambda: search.search_range([], 4),
+        lambda: search.search_range([np.zeros((0, 3))], 4),
+        lambda: search.search_uniform([], 4),
+        lambda: search.search_hybrid([], weight, None, 4),
+        lambda: search.search_softmax([], [], 4),
+    ):
+        with pytest.raises(ValueError, match="at least one batch"):
+            call()
+    with pytest.raises(ValueError, match=r"must be \(in, out\)"):
+        search.search_hybrid([x], weight.T, None, 4)
+    with pytest.raises(ValueError, match="losses are not finite"):
+        search.search_hybrid([np.full((4, 8), np.nan, np.float32)], weight, None, 4)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        search.hybrid_candidates(4, [1.5])
+    with pytest.raises(ValueError, match="with the same keys"):
+        search.search_softmax([np.ones((2, 5))], [np.ones((4, 2))], 4)
+    with pytest.raises(ValueError, match="shorter|longer"):
+        search.search_softmax([np.ones((2, 5))], [], 4)
