@@ -1,0 +1,232 @@
+"""Quantizes a SAM, evaluates it before and after, and reports.
+
+    python -m experiments.main --flagfile=w4a4.flags
+    python -m experiments.main --flagfile=w4a4.flags --checkpoint=sam_vit_b_01ec64.pth \
+        --images=coco/val2017 --annotations=coco/annotations/instances_val2017.json \
+        --calib_images=coco/train2017 --calib_annotations=coco/annotations/instances_train2017.json
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app
+
+import ahcptq_jax
+from ahcptq_jax.quantize import quantize_model
+from experiments import coco, evaluate, panels, report
+from experiments.options import Options, define_flags, options_from_flags
+from experiments.results import write_atomically, write_json
+from experiments.scenes import CALIB_SEED, EVAL_SEED, scene_dataset, to_coco
+from sam_flax import SamModel, SamPredictor, load_sam
+from sam_flax.config import SamConfig
+
+# A generated scene is never larger than this: its shapes hold no finer detail.
+MAX_SCENE_SIZE = 320
+
+
+def evaluation_set(options: Options, config: SamConfig) -> coco.CocoDataset:
+    """The images to evaluate on: a COCO folder, or generated scenes that no training has seen."""
+    limit = options.limit or None
+    if options.images:
+        return coco.load_coco(options.images, options.annotations, limit)
+    count = min(options.num_scenes, limit or options.num_scenes)
+    return coco.CocoDataset.from_memory(*to_coco(scene_dataset(EVAL_SEED, count, _scene_size(config))))
+
+
+def calibration_set(options: Options, config: SamConfig) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`num_calib` images with their annotated boxes, chosen by seed.
+
+    Returns:
+        [(uint8 (H, W, 3), float (N, 4) xyxy)], images without a usable box left out.
+
+    Raises:
+        ValueError: if there are fewer usable images than asked for.
+    """
+    if not options.calib_images:
+        start = options.seed * options.num_calib
+        scenes = scene_dataset(CALIB_SEED, options.num_calib, _scene_size(config), start=start)
+        return [(scene.image, scene.boxes) for scene in scenes]
+    dataset = coco.load_coco(
+        options.calib_images,
+        options.calib_annotations,
+        images_flag="--calib_images",
+        annotations_flag="--calib_annotations",
+        require_masks=False,
+    )
+    boxes = coco.annotated_boxes(dataset).per_image
+    usable = [item for item in dataset.items if len(boxes[item.image_id])]
+    if len(usable) < options.num_calib:
+        raise ValueError(
+            f"{dataset.source} has {len(usable)} images with a usable box but --num_calib={options.num_calib}; "
+            "lower --num_calib or give more images."
+        )
+    chosen = np.random.default_rng(options.seed).permutation(len(usable))[: options.num_calib]
+    items = [usable[i] for i in sorted(chosen)]
+    return [(image, boxes[item.image_id].boxes) for item, image in coco.stream_images(dataset, items)]
+
+
+def _scene_size(config: SamConfig) -> int:
+    return min(config.img_size, MAX_SCENE_SIZE)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Does everything the command does and returns what it writes to `results.json`.
+
+    Raises:
+        ValueError, FileNotFoundError: if an input is unusable; nothing but resumable partial results is left.
+    """
+    out = Path(options.out)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "load"):
+        sam, params = load_sam(options.checkpoint)
+        dataset = evaluation_set(options, sam.config)
+        boxes = coco.load_boxes(options.boxes, dataset)
+        calib = calibration_set(options, sam.config) if options.method != "fp" else []
+    _say(
+        f"{options.checkpoint}: {sum(a.size for a in jax.tree.leaves(params)):,} parameters; "
+        f"{len(dataset.items)} images, {len(boxes)} boxes; calibration on {len(calib)} images."
+    )
+    model_id = _fingerprint([np.asarray(leaf) for leaf in jax.tree.leaves(params)])
+
+    def score(name: str, model: Any, identity: str, blank: bool = False) -> evaluate.EvaluationResult:
+        label = f"{name} (blank images)" if blank else name
+        journal = out / "partial" / f"{name}-{'blank' if blank else 'real'}-{identity[:12]}.jsonl"
+        return evaluate.evaluate(
+            SamPredictor(model),
+            dataset,
+            boxes,
+            blank=blank,
+            partial_results=journal,
+            model_fingerprint=identity,
+            progress=f"evaluate {label}",
+        )
+
+    fp_model = SamModel(sam, params)
+    with _timed(seconds, "evaluate_fp"):
+        fp = score("fp", fp_model, model_id)
+    results: dict[str, Any] = {"config": dataclasses.asdict(options), "fp": dict(fp.metrics)}
+    examples: list[report.Example] = []
+    layers: list[report.HybridPanel | report.GroupPanel] = []
+    if options.method != "fp":
+        quant_config = options.quant_config()
+        with _timed(seconds, "quantize"):
+            quantized = quantize_model(sam, params, calib, quant_config, progress=True)
+            jax.block_until_ready(jax.tree.leaves(quantized))
+        arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(quantized)]
+        quantized_id = _fingerprint([*arrays, np.array(repr(quant_config))])
+        with _timed(seconds, "evaluate_quantized"):
+            scored = score("quantized", quantized, quantized_id)
+        results["quantized"] = dict(scored.metrics)
+        results["agreement_mIoU"] = evaluate.agreement_miou(fp.images, scored.images)
+        results["bytes"] = quantized.nbytes()
+        results["quant_config"] = dataclasses.asdict(quant_config)
+        if options.blank:
+            with _timed(seconds, "evaluate_blank"):
+                results["quantized_blank"] = dict(score("quantized", quantized, quantized_id, blank=True).metrics)
+        examples = report.make_examples(dataset, boxes, fp, scored)
+        with _timed(seconds, "report"):
+            layers = panels.layer_panels(quantized, SamModel(sam, params), calib)
+    if options.blank:
+        with _timed(seconds, "evaluate_blank"):
+            results["fp_blank"] = dict(score("fp", fp_model, model_id, blank=True).metrics)
+    results["baselines"] = evaluate.evaluate_baselines(dataset, boxes)
+    results["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
+    results["mIoU_note"] = fp.miou_note
+    results["versions"] = {"ahcptq_jax": ahcptq_jax.__version__, "jax": jax.__version__, "numpy": np.__version__}
+
+    notes = [*dataset.notes(), *boxes.notes]
+    write_atomically(out / "flags.txt", _flag_lines(options))
+    report.write_report(out, results, examples, layers, title=_title(options), notes=notes)
+    write_json(out / "results.json", results)
+    return results
+
+
+def _title(options: Options) -> str:
+    name = "MINI" if options.checkpoint == "mini" else Path(options.checkpoint).name
+    if options.method == "fp":
+        return f"{name}, floating point"
+    return f"{name}, W{options.w_bits}A{options.a_bits} {options.method}"
+
+
+def _flag_lines(options: Options) -> str:
+    """The resolved flags, readable by --flagfile."""
+    lines = [
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in dataclasses.asdict(options).items()
+        if value is not None
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _fingerprint(arrays: list[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The scores as a small table."""
+    rows = [(k, results[k]) for k in ("fp", "quantized", "fp_blank", "quantized_blank") if k in results]
+    rows = list(itertools.chain(rows, results.get("baselines", {}).items()))
+    names = list(rows[0][1])
+    lines = [" " * 18 + "".join(f"{name:>8}" for name in names)]
+    for key, metrics in rows:
+        cells = ("-" if metrics[n] is None else f"{metrics[n]:.{3 if n == 'mIoU' else 1}f}" for n in names)
+        lines.append(f"{key:<18}" + "".join(f"{cell:>8}" for cell in cells))
+    if results.get("agreement_mIoU") is not None:
+        lines.append(f"agreement of quantized and fp masks (mIoU): {results['agreement_mIoU']:.3f}")
+    if "bytes" in results:
+        sizes = results["bytes"]
+        share = sizes["quantized"] / sizes["fp32"]
+        lines.append(f"bytes: {sizes['fp32']:,} -> {sizes['quantized']:,} ({100 * share:.1f} %)")
+    lines.append("seconds: " + json.dumps(results["seconds"]))
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        print(f"Unexpected argument {argv[1]!r}; every option is a --flag.", file=sys.stderr)
+        return 2
+    try:
+        options = options_from_flags()
+        results = run(options)
+    except (ValueError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(summary(results))
+    print(f"report: {Path(options.out) / 'report.html'}")
+    return 0
+
+
+def cli() -> None:
+    """Console entry."""
+    define_flags()
+    app.run(main)
+
+
+if __name__ == "__main__":
+    cli()
+

@@ -1,0 +1,92 @@
+"""The command line's flags, and the frozen record that the code behind it takes instead of global state."""
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from ahcptq_jax.config import METHODS, QuantConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """One run of `experiments.main`; see the flags of the same names."""
+
+    checkpoint: str = "mini"
+    images: str = ""
+    annotations: str = ""
+    calib_images: str = ""
+    calib_annotations: str = ""
+    boxes: str = "gt"
+    method: str = "ahcptq"
+    w_bits: int = 4
+    a_bits: int = 4
+    hluq: bool | None = None
+    cag: bool | None = None
+    big: bool | None = None
+    agq: bool | None = None
+    groups: int | None = None
+    num_calib: int = 32
+    num_scenes: int = 100
+    limit: int = 0
+    blank: bool = True
+    seed: int = 0
+    out: str = "runs/main"
+
+    def __post_init__(self) -> None:
+        for images, annotations in (("images", "annotations"), ("calib_images", "calib_annotations")):
+            if bool(getattr(self, images)) != bool(getattr(self, annotations)):
+                raise ValueError(f"--{images} and --{annotations} belong together; give both or neither.")
+        if self.method not in ("fp", *METHODS):
+            raise ValueError(f"--method={self.method} is unknown; choose one of fp, {', '.join(METHODS)}.")
+        for name, least in (("num_calib", 1), ("num_scenes", 1), ("limit", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least {least}.")
+        if self.boxes != "gt" and not self.images:
+            raise ValueError("--boxes names a detector's results, which need the --images they were made for.")
+        if self.method != "fp":
+            self.quant_config()  # raises on bad bits or switches
+
+    def quant_config(self) -> QuantConfig:
+        """The method's switches, with those given on the command line on top."""
+        switches: dict[str, Any] = dict(METHODS[self.method])
+        switches |= {
+            name: getattr(self, name)
+            for name in ("hluq", "cag", "big", "agq", "groups")
+            if getattr(self, name) is not None
+        }
+        return QuantConfig(w_bits=self.w_bits, a_bits=self.a_bits, seed=self.seed, **switches)
+
+
+def define_flags() -> None:
+    """Defines every flag of `Options`, with its defaults."""
+    d = Options()
+    flags.DEFINE_string("checkpoint", d.checkpoint, "SAM weights: 'mini', an official .pth, or .safetensors.")
+    flags.DEFINE_string("images", d.images, "COCO image folder to evaluate on; default: generated scenes.")
+    flags.DEFINE_string("annotations", d.annotations, "Its COCO instances JSON.")
+    flags.DEFINE_string("calib_images", d.calib_images, "COCO image folder to calibrate on; default: scenes.")
+    flags.DEFINE_string("calib_annotations", d.calib_annotations, "Its COCO instances JSON.")
+    flags.DEFINE_string("boxes", d.boxes, "'gt', or a COCO results JSON of a detector, as box prompts.")
+    flags.DEFINE_enum("method", d.method, ["fp", *METHODS], "Quantization method; 'fp' evaluates the float model.")
+    flags.DEFINE_integer("w_bits", d.w_bits, "Bits of weights, 2 to 8.")
+    flags.DEFINE_integer("a_bits", d.a_bits, "Bits of activations, 2 to 8.")
+    flags.DEFINE_bool("hluq", d.hluq, "Override the method: hybrid log-uniform inputs of second linears.")
+    flags.DEFINE_bool("cag", d.cag, "Override the method: channel groups at projections and first linears.")
+    flags.DEFINE_bool("big", d.big, "Override the method: sign flips of bimodal keys.")
+    flags.DEFINE_bool("agq", d.agq, "Override the method: log2 softmax.")
+    flags.DEFINE_integer("groups", d.groups, "Override the method: CAG groups; 0 keeps every channel alone.")
+    flags.DEFINE_integer("num_calib", d.num_calib, "Calibration images.")
+    flags.DEFINE_integer("num_scenes", d.num_scenes, "Generated scenes to evaluate on, without --images.")
+    flags.DEFINE_integer("limit", d.limit, "Evaluate the first images only; 0 takes all.")
+    flags.DEFINE_bool("blank", d.blank, "Also score blank images: what the boxes alone give away.")
+    flags.DEFINE_integer("seed", d.seed, "Seed of the choice of calibration images and of subsampling.")
+    flags.DEFINE_string("out", d.out, "Folder for results.json, flags.txt and report.html.")
+
+
+def options_from_flags() -> Options:
+    """The parsed flags as `Options`.
+
+    Raises:
+        ValueError: if they contradict each other.
+    """
+    return Options(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)})
