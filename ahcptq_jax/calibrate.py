@@ -20,7 +20,7 @@ from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform
 from ahcptq_jax.recipe import BIMODAL_ATTENTION, Kind, site_kind
 from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
 from sam_flax.image_encoder import attention_probabilities
-from sam_flax.sam import Params, Sam, encoder_stages
+from sam_flax.sam import Params, Sam, call, encoder_stages
 
 Sites = tuple[tuple[str, Kind], ...]  # (path, kind), hashable: a static argument
 
@@ -73,30 +73,52 @@ def _update_statistics(
     x = captured[path]
     if kind == "hybrid":
         kernel = _kernel_of(params, path.removesuffix("/input"))
-        return search.hybrid_update(
-            state, x, kernel, search.hybrid_candidates(bits), bits, config.hluq_reach_maximum
-        )
+        return search.hybrid_update(state, x, kernel, search.hybrid_candidates(bits), bits, config.hluq_reach_maximum)
     return search.range_update(state, x)
 
 
-def _finalize(state: Any, kind: Kind, config: QuantConfig) -> Quantizer:
+def finalize(statistics: Mapping[str, Any], kinds: Mapping[str, Kind], config: QuantConfig) -> dict[str, Quantizer]:
+    """Statistics by site -> quantizers by site."""
     bits = config.a_bits
-    if kind == "hybrid":
-        candidates = search.hybrid_candidates(bits)
-        return search.hybrid_finalize(state, candidates, bits, config.hluq_reach_maximum).quantizer
-    if kind == "log2":
-        return search.softmax_finalize(state, bits)
-    quantizer = state.quantizer(bits)
-    return group_channels(quantizer, config) if kind == "grouped" else quantizer
+    candidates = search.hybrid_candidates(bits)
+    quantizers: dict[str, Quantizer] = {}
+    per_channel: dict[str, Uniform] = {}
+    for path, kind in kinds.items():
+        state = statistics[path]
+        if kind == "hybrid":
+            found = search.hybrid_finalize(state, candidates, bits, config.hluq_reach_maximum)
+            quantizers[path] = found.quantizer
+        elif kind == "log2":
+            quantizers[path] = search.softmax_finalize(state, bits)
+        elif kind == "uniform":
+            quantizers[path] = state.quantizer(bits)
+        else:
+            per_channel[path] = state.quantizer(bits)
+    return quantizers | group_channels(per_channel, config)
 
 
-def group_channels(per_channel: Uniform, config: QuantConfig) -> Grouped:
-    """CAG without reconstruction: down the ladder 8G, 4G, 2G, G at once (paper section on CAG)."""
-    channels = per_channel.scale.shape[0]
-    if config.groups == 0 or config.groups >= channels:
-        return Grouped(per_channel.scale, per_channel.zero_point, jnp.arange(channels), per_channel.bits)
-    last = grouping.ladder(per_channel.scale, per_channel.zero_point, config.groups, config.group_metric)[-1]
-    return Grouped(last.scale, last.zero_point, last.labels, per_channel.bits)
+def group_channels(per_channel: Mapping[str, Uniform], config: QuantConfig) -> dict[str, Quantizer]:
+    """CAG without reconstruction: down the ladder 8G, 4G, 2G, G at once (paper section on CAG).
+
+    All sites of one width are grouped in one call.
+    """
+    grouped: dict[str, Quantizer] = {}
+    by_width: dict[int, list[str]] = {}
+    for path, quantizer in per_channel.items():
+        by_width.setdefault(quantizer.scale.shape[0], []).append(path)
+    for channels, paths in by_width.items():
+        scales, zeros = (
+            jnp.stack([getattr(per_channel[path], name) for path in paths]) for name in ("scale", "zero_point")
+        )
+        if config.groups == 0 or config.groups >= channels:
+            labels = jnp.broadcast_to(jnp.arange(channels), scales.shape)
+        else:
+            scales, zeros, labels = grouping.ladder(scales, zeros, config.groups, config.group_metric)[-1]
+        for path, scale, zero, label in zip(
+            paths, np.asarray(scales), np.asarray(zeros), np.asarray(labels), strict=True
+        ):
+            grouped[path] = Grouped(jnp.asarray(scale), jnp.asarray(zero), jnp.asarray(label), config.a_bits)
+    return grouped
 
 
 Run = Callable[[Params, Any], Any]
@@ -104,7 +126,14 @@ Run = Callable[[Params, Any], Any]
 
 @partial(jax.jit, static_argnames=("run", "sites", "config"))
 def observe(
-    run: Run, params: Params, statistics: dict[str, Any], inputs: Any, key: jax.Array, *, sites: Sites, config: QuantConfig
+    run: Run,
+    params: Params,
+    statistics: dict[str, Any],
+    inputs: Any,
+    key: jax.Array,
+    *,
+    sites: Sites,
+    config: QuantConfig,
 ) -> tuple[Any, dict[str, Any]]:
     """Runs a part of the model on one batch and adds its activations to the statistics of `sites`."""
     captured: dict[str, Any] = {}
@@ -150,7 +179,7 @@ class _ApplyStage:
 
     def __call__(self, params: Params, inputs: Any) -> Any:
         args = inputs if isinstance(inputs, tuple) else (inputs,)
-        return self.module.apply({"params": params}, *args, method=self.method)
+        return call(self.module, params, *args, method=self.method)
 
     def __hash__(self) -> int:
         return hash((type(self.module), self.method))
@@ -187,11 +216,9 @@ def observe_encoder(
                 run, encoder[stage], statistics[stage], x, key, sites=sites[stage], config=config
             )
         embeddings.append(np.asarray(x))
-    quantizers = {
-        f"image_encoder/{stage}/{path}": _finalize(statistics[stage][path], kind, config)
-        for stage in sites
-        for path, kind in sites[stage]
-    }
+    places = [(f"image_encoder/{stage}/{path}", stage, path, kind) for stage in sites for path, kind in sites[stage]]
+    kinds = {full: kind for full, _, _, kind in places}
+    quantizers = finalize({full: statistics[stage][path] for full, stage, path, _ in places}, kinds, config)
     return quantizers, embeddings
 
 
@@ -213,6 +240,7 @@ def unify_keys(
     Returns:
         Equivalent parameters, and the attentions that were flipped.
     """
+
     @jax.jit
     def keys_of(params: Params, inputs: tuple) -> dict[str, jax.Array]:
         captured: dict[str, jax.Array] = {}
@@ -264,4 +292,4 @@ def observe_decoder(
             sites, statistics = discover(run, decoder, inputs, "", config)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
         _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=config)
-    return {path: _finalize(statistics[path], kind, config) for path, kind in sites}
+    return finalize(statistics, dict(sites), config)

@@ -2,7 +2,7 @@
 
 The official code runs scikit-learn's ``KMeans(random_state=0)``, one random start on the host per layer and stage.
 Here the whole ladder is one compiled function, deterministic on every machine, for all layers of a width at once
-(``jax.vmap``): several k-means++ starts from a fixed key, then centre swaps, so that the result is as good or better.
+(``jax.vmap``): k-means++ with fixed noise, then centre swaps, so that the result is as good or better.
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ def _inertia(points: jax.Array, weights: jax.Array, centers: jax.Array) -> jax.A
     return jnp.sum(weights * jnp.min(_distances(points, centers), axis=0))
 
 
-def _spread_start(noise: jax.Array, points: jax.Array, weights: jax.Array) -> jax.Array:
+def _spread_start(noise: jax.Array, points: jax.Array, weights: jax.Array, active: jax.Array) -> jax.Array:
     """k-means++ centers (2, K): each next one drawn with probability of its weighted squared distance.
 
     Args:
         noise: (K, N) Gumbel noise, by which the largest sum with a log weight is a weighted draw.
+        active: (K,) false for centres that do not take part; they are put at infinity, nearest to nothing.
     """
 
     def draw(weights: jax.Array, noise: jax.Array) -> jax.Array:
@@ -87,10 +88,10 @@ def _spread_start(noise: jax.Array, points: jax.Array, weights: jax.Array) -> ja
     first = draw(weights, noise[0])
     nearest = jnp.sum(jnp.square(points - first[:, None]), axis=0)
     _, others = jax.lax.scan(step, nearest, noise[1:])
-    return jnp.concatenate([first[None], others]).T
+    return jnp.where(active, jnp.concatenate([first[None], others]).T, jnp.inf)
 
 
-def _swap(points: jax.Array, weights: jax.Array, centers: jax.Array, choice: jax.Array) -> jax.Array:
+def _swap(points: jax.Array, weights: jax.Array, centers: jax.Array, active: jax.Array, choice: jax.Array) -> jax.Array:
     """Takes away a centre that is hardly missed and splits a cluster that is badly served."""
     k = centers.shape[1]
     distances = _distances(points, centers)  # (K, N)
@@ -101,28 +102,33 @@ def _swap(points: jax.Array, weights: jax.Array, centers: jax.Array, choice: jax
     missed = jnp.where(jnp.isfinite(second), second - nearest, 0.0)
     own_weight = own.astype(jnp.float32) * weights
     inertia, cost = jnp.matmul(own_weight, jnp.stack([nearest, missed]).T, precision=jax.lax.Precision.HIGHEST).T
+    cost = jnp.where(active, cost, jnp.inf)
     ranks = min(3, k)
     removed = jax.lax.top_k(-cost, ranks)[1][jnp.minimum(choice[0], ranks - 1)]
-    split = jax.lax.top_k(jnp.where(jnp.arange(k) == removed, -1.0, inertia), ranks)[1][
-        jnp.minimum(choice[1], ranks - 2)
-    ]
+    inertia = jnp.where(active & (jnp.arange(k) != removed), inertia, -1.0)
+    split = jax.lax.top_k(inertia, ranks)[1][jnp.minimum(choice[1], ranks - 2)]
     center, weight = centers[:, split], own_weight[split]
     variance = jnp.sum(weight * jnp.square(points - center[:, None]), axis=1) / jnp.maximum(jnp.sum(weight), 1e-30)
     offset = jnp.sqrt(variance) * (variance == jnp.max(variance))
     return centers.at[:, removed].set(center + offset).at[:, split].set(center - offset)
 
 
-def _kmeans(points: jax.Array, weights: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Centers (2, K) and labels (N,) of weighted points (2, N); K < N."""
+def _kmeans(points: jax.Array, weights: jax.Array, k: int, wanted: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Centers (2, K) and labels (N,) of weighted points (2, N).
+
+    Args:
+        points: those of weight zero count for nothing.
+        weights: (N,).
+        k: static size K > 1 of the result.
+        wanted: centres to use, up to K; may be traced. The rest are at infinity.
+    """
     count = points.shape[1]
-    if k == 1:
-        center = jnp.sum(points * weights, axis=1, keepdims=True) / jnp.sum(weights)
-        return center, jnp.zeros(count, jnp.int32)
-    starts = 1 if count > _FEW_POINTS else 8  # Where points are few, more tries cost nothing.
+    active = jnp.arange(k) < wanted
+    starts = 1 if count > _FEW_POINTS else 4  # Where points are few, more tries cost nothing.
     noise = np.random.default_rng(_SEED).gumbel(size=(starts, k, count)).astype(np.float32)
 
     def start(noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-        centers = _lloyd(points, weights, _spread_start(noise, points, weights), _LLOYD_STEPS)
+        centers = _lloyd(points, weights, _spread_start(noise, points, weights, active), _LLOYD_STEPS)
         loss = _inertia(points, weights, centers)
         _, centers, _ = jax.lax.fori_loop(0, _SWAP_ROUNDS, swap, (loss, centers, jnp.int32(0)))
         centers = _lloyd(points, weights, centers, _LLOYD_STEPS)
@@ -130,11 +136,16 @@ def _kmeans(points: jax.Array, weights: jax.Array, k: int) -> tuple[jax.Array, j
 
     def swap(_: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         loss, centers, failures = carry
-        trial = _swap(points, weights, centers, jnp.asarray(_SWAPS)[failures % len(_SWAPS)])
+        trial = _swap(points, weights, centers, active, jnp.asarray(_SWAPS)[failures % len(_SWAPS)])
         trial = _lloyd(points, weights, trial, _SWAP_LLOYD_STEPS)
         trial_loss = _inertia(points, weights, trial)
+        # Few centres leave nothing to swap: such a trial is not a number, and not better.
         better = trial_loss < loss
-        return jnp.minimum(loss, trial_loss), jnp.where(better, trial, centers), jnp.where(better, 0, failures + 1)
+        return (
+            jnp.where(better, trial_loss, loss),
+            jnp.where(better, trial, centers),
+            (failures + 1) * ~better,
+        )
 
     losses, found = jax.vmap(start)(jnp.asarray(noise))
     centers = found[jnp.argmin(losses)]
@@ -142,19 +153,18 @@ def _kmeans(points: jax.Array, weights: jax.Array, k: int) -> tuple[jax.Array, j
 
 
 def _group(
-    scale: jax.Array, zero_point: jax.Array, weights: jax.Array, k: int, metric: str
+    scale: jax.Array, zero_point: jax.Array, weights: jax.Array, k: int, wanted: jax.Array | int, metric: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Groups (N,) weighted parameter pairs: scale (K,), rounded zero point (K,), labels (N,)."""
+    """Groups (N,) weighted parameter pairs: scale (K,), rounded zero point (K,), labels (N,); see ``_kmeans``."""
     points = jnp.stack([scale, zero_point])
-    if k >= points.shape[1]:
-        return scale, jnp.round(zero_point), jnp.arange(points.shape[1], dtype=jnp.int32)
+    mean = jnp.sum(points * weights, axis=1, keepdims=True) / jnp.sum(weights)
+    if k == 1:
+        return mean[0], jnp.round(mean[1]), jnp.zeros(points.shape[1], jnp.int32)
+    unit = jnp.ones((2, 1), jnp.float32)
     if metric == "normalized":
-        mean = jnp.sum(points * weights, axis=1, keepdims=True) / jnp.sum(weights)
-        unit = jnp.sqrt(jnp.sum(jnp.square(points - mean) * weights, axis=1, keepdims=True) / jnp.sum(weights))
-        unit = jnp.where(unit > 1e-6 * jnp.abs(mean), unit, 1.0)
-    else:
-        unit = jnp.ones((2, 1), jnp.float32)
-    centers, labels = _kmeans(points / unit, weights, k)
+        deviation = jnp.sqrt(jnp.sum(jnp.square(points - mean) * weights, axis=1, keepdims=True) / jnp.sum(weights))
+        unit = jnp.where(deviation > 1e-6 * jnp.abs(mean), deviation, 1.0)
+    centers, labels = _kmeans(points / unit, weights, k, wanted)
     centers = centers * unit
     return centers[0], jnp.round(centers[1]), labels
 
@@ -175,16 +185,39 @@ def _check(scale: jax.Array, zero_point: jax.Array, num_groups: int, metric: str
 @functools.partial(jax.jit, static_argnames=("stages", "metric"))
 def _ladder(scale: jax.Array, zero_point: jax.Array, stages: tuple[int, ...], metric: str) -> tuple[ChannelGroups, ...]:
     def one(scale: jax.Array, zero_point: jax.Array) -> tuple[ChannelGroups, ...]:
-        labels = jnp.arange(scale.shape[0], dtype=jnp.int32)
-        weights = jnp.ones_like(scale)
+        channels = scale.shape[0]
         found = []
-        for k in stages:
-            # Channels of a group have equal values after a stage, so the next one needs only the groups with their
-            # channel counts; an empty group (fewer distinct values than groups) has weight zero.
-            scale, zero_point, mapping = _group(scale, zero_point, weights, k, metric)
+        rest = list(stages)
+        while rest and rest[0] >= channels:
+            found.append(ChannelGroups(scale, jnp.round(zero_point), jnp.arange(channels, dtype=jnp.int32)))
+            del rest[0]
+        if not rest:
+            return tuple(found)
+        most = rest.pop(0)
+        scale, zero_point, labels = _group(scale, zero_point, jnp.ones_like(scale), most, most, metric)
+        found.append(ChannelGroups(scale, zero_point, labels))
+        if not rest:
+            return tuple(found)
+        # Channels of a group have equal values after a stage, so the next one needs only the groups with their
+        # channel counts (none for an empty group). The later stages are one loop over padded arrays: one compilation.
+        wide = max(rest)
+
+        def stage(carry: ChannelGroups, wanted: jax.Array) -> tuple[ChannelGroups, ChannelGroups]:
+            scale, zero_point, labels = carry
+            weights = jnp.sum(labels == jnp.arange(most)[:, None], axis=1).astype(jnp.float32)
+            scale, zero_point, mapping = _group(scale, zero_point, weights, wide, wanted, metric)
             labels = mapping[labels]
-            weights = jnp.sum(jax.nn.one_hot(labels, scale.shape[0]), axis=0)
-            found.append(ChannelGroups(scale, zero_point, labels))
+            # Unused places repeat a used one: finite, and without weight.
+            used = jnp.arange(most) < wanted
+            scale, zero_point = (
+                jnp.where(used, jnp.pad(a, (0, most - wide), mode="edge"), a[0]) for a in (scale, zero_point)
+            )
+            groups = ChannelGroups(scale, zero_point, labels)
+            return groups, groups
+
+        _, later = jax.lax.scan(stage, found[-1], jnp.array(rest))
+        for i, k in enumerate(rest):
+            found.append(ChannelGroups(later.scale[i, :k], later.zero_point[i, :k], later.labels[i]))
         return tuple(found)
 
     function = one
@@ -193,9 +226,7 @@ def _ladder(scale: jax.Array, zero_point: jax.Array, stages: tuple[int, ...], me
     return function(scale, zero_point)
 
 
-def group_channels(
-    scale: jax.Array, zero_point: jax.Array, num_groups: int, metric: str = "paper"
-) -> ChannelGroups:
+def group_channels(scale: jax.Array, zero_point: jax.Array, num_groups: int, metric: str = "paper") -> ChannelGroups:
     """Groups channels by k-means on their ``(scale, zero_point)``.
 
     Args:

@@ -58,9 +58,7 @@ def quantize(params: Params, calib: Iterable[Any], config: QuantConfig = W4A4, *
     return quantize_model(sam, params, calib, config, progress=False)
 
 
-def quantize_model(
-    sam: Sam, params: Params, calib: Iterable[Any], config: QuantConfig, *, progress: bool
-) -> Quantized:
+def quantize_model(sam: Sam, params: Params, calib: Iterable[Any], config: QuantConfig, *, progress: bool) -> Quantized:
     """`quantize` with the module given; `progress` shows bars on stderr."""
     _check_finite(params)
     rng = np.random.default_rng(config.seed)
@@ -98,8 +96,13 @@ def quantize_weight(kernel: jax.Array, config: QuantConfig) -> QuantizedWeight:
         quantizer = search.search_weight(matrix, config.w_bits)
     else:
         quantizer = Uniform.from_range(matrix.min(0), matrix.max(0), config.w_bits)
-    codes = quantizer.encode(matrix).reshape(kernel.shape)
-    return QuantizedWeight.from_codes(codes, quantizer.scale, quantizer.zero_point, config.w_bits)
+    return _pack_weight(kernel, quantizer)
+
+
+@jax.jit
+def _pack_weight(kernel: jax.Array, quantizer: Uniform) -> QuantizedWeight:
+    codes = quantizer.encode(kernel)
+    return QuantizedWeight.from_codes(codes, quantizer.scale, quantizer.zero_point, quantizer.bits)
 
 
 def prepare(index: int, item: Any, sam: Sam, config: QuantConfig, rng: np.random.Generator) -> CalibrationImage:

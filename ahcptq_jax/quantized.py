@@ -14,7 +14,7 @@ from ahcptq_jax.quantizers import Quantizer, Uniform
 from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
 from sam_flax.config import SamConfig
 from sam_flax.image_encoder import Block, Neck, PatchEmbed
-from sam_flax.sam import Params, Points, Sam, apply_embed, encoder_stages
+from sam_flax.sam import Params, Points, Sam, apply_embed, call, encoder_stages
 
 
 @partial(
@@ -74,7 +74,7 @@ def _apply_stage(
     x: jax.Array,
 ) -> jax.Array:
     with _quantize_sites(activations):
-        return module.apply({"params": with_decoded(params, weights)}, x)
+        return call(module, with_decoded(params, weights), x)
 
 
 @partial(jax.jit, static_argnames=("sam", "multimask_output"))
@@ -89,9 +89,9 @@ def _apply_decode(
     masks: jax.Array | None,
     multimask_output: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    variables = {"params": with_decoded(params, weights)}
+    decoded = with_decoded(params, weights)
     with _quantize_sites(activations):
-        return sam.apply(variables, image_embeddings, points, boxes, masks, multimask_output, method="decode")
+        return call(sam, decoded, image_embeddings, points, boxes, masks, multimask_output, method="decode")
 
 
 @partial(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax.quantizers import Hybrid, Log2, Uniform, hybrid_fake_quant, hybrid_scales, log2_fake_quant
+from ahcptq_jax.quantizers import Hybrid, Log2, Uniform, log2_fake_quant
 from ahcptq_jax.quantizers.base import check_bits, qparams_from_range
 from ahcptq_jax.quantizers.log2 import TAUS
 
@@ -46,7 +46,7 @@ def _polynomial(coefficients: np.ndarray, x: jax.Array) -> jax.Array:
 
 
 def loss_power(error: jax.Array) -> jax.Array:
-    """``error^2.4`` of non-negative float32 values, to about 3e-6 relative.
+    """``error^2.4`` of non-negative float32 values, to 1e-5 relative (3e-6 near one).
 
     ``2^(2.4 log2 e)`` with short polynomials and no special cases: on a CPU 3 times as fast as ``exp2`` and ``log2``,
     15 times as fast as ``power``, and the searches below do little else.
@@ -72,12 +72,12 @@ class RangeState(NamedTuple):
     Attributes:
         minimum: scalar or ``(C,)``.
         maximum: as ``minimum``.
-        count: batches seen.
+        batches: batches seen.
     """
 
     minimum: jax.Array
     maximum: jax.Array
-    count: jax.Array
+    batches: jax.Array
 
     def quantizer(self, bits: int) -> Uniform:
         """The uniform quantizer of the mean range."""
@@ -92,7 +92,7 @@ def range_init(channels: int | None = None) -> RangeState:
 
 def _range_add(state: RangeState, minimum: jax.Array, maximum: jax.Array) -> RangeState:
     # The official running mean, whose value after each batch also serves the hybrid search.
-    count = state.count
+    count = state.batches
     return RangeState(
         (state.minimum * count + minimum) / (count + 1),
         (state.maximum * count + maximum) / (count + 1),
@@ -193,8 +193,12 @@ class WeightSearch(NamedTuple):
     loss: jax.Array
 
 
+# Minimum, maximum and loss of the best range so far, per channel.
+_Best = tuple[jax.Array, jax.Array, jax.Array]
+
+
 @functools.partial(jax.jit, static_argnames=("bits", "side"))
-def _search_weight(rows: jax.Array, bits: int, side: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _search_weight(rows: jax.Array, bits: int, side: str) -> _Best:
     """Best (minimum, maximum, mean loss), each (C,), of rows (R, C)."""
     highest = 2**bits - 1
     count = rows.shape[0]
@@ -215,10 +219,11 @@ def _search_weight(rows: jax.Array, bits: int, side: str) -> tuple[jax.Array, ja
         maximum = span[:, None] - zero_points * delta
         return minimum.reshape(-1, span.shape[1]), maximum.reshape(-1, span.shape[1])
 
-    def scan(best: tuple[jax.Array, ...], steps: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    def scan(best: _Best, steps: jax.Array) -> tuple[_Best, None]:
         best_minimum, best_maximum, best_loss = best
         minimum, maximum = candidates(steps)
-        loss = _loss_sums(rows, *qparams_from_range(minimum, maximum, bits), highest) / count
+        scale, zero_point = qparams_from_range(minimum, maximum, bits)
+        loss = _loss_sums(rows, scale, zero_point, highest) / count
         chosen = jnp.argmin(loss, axis=0)[None]
         minimum, maximum, loss = (jnp.take_along_axis(a, chosen, axis=0)[0] for a in (minimum, maximum, loss))
         # Strictly less: of equal candidates the first in the official order (range, then zero point) stays.
@@ -323,7 +328,7 @@ def search_uniform(batches: Iterable[jax.Array], bits: int) -> Uniform:
     state = range_init()
     for x in _nonempty(batches):
         state = uniform_mse_update(state, x, bits)
-    if not state.count:
+    if not state.batches:
         raise _no_batches()
     return state.quantizer(bits)
 
@@ -368,14 +373,14 @@ class HybridSearch(NamedTuple):
 
     Attributes:
         quantizer: the chosen quantizer.
-        index: position of the chosen pair among the candidates.
+        chosen: position of the chosen pair among the candidates.
         range_rate, grid_rate: the chosen pair.
         loss: ``(N,)`` mean loss of each candidate.
         loss_table: ``(batches, N)``, where the search kept it.
     """
 
     quantizer: Hybrid
-    index: int
+    chosen: int
     range_rate: float
     grid_rate: float
     loss: np.ndarray
@@ -428,13 +433,11 @@ def hybrid_update(
     return HybridState(state.loss_sum + losses, extremes)
 
 
-def hybrid_finalize(
-    state: HybridState, candidates: np.ndarray, bits: int, reach_maximum: bool = False
-) -> HybridSearch:
+def hybrid_finalize(state: HybridState, candidates: np.ndarray, bits: int, reach_maximum: bool = False) -> HybridSearch:
     """The candidate with the least mean loss, at the mean extremes; of equal ones the first."""
-    if not state.range.count:
+    if not state.range.batches:
         raise _no_batches()
-    loss = np.asarray(state.loss_sum / state.range.count)
+    loss = np.asarray(state.loss_sum / state.range.batches)
     if not np.all(np.isfinite(loss)):
         raise ValueError("the breakpoint losses are not finite; the inputs or the weight hold NaN or infinity")
     index = int(np.argmin(loss))
@@ -504,12 +507,12 @@ class SoftmaxState(NamedTuple):
     Attributes:
         scale_sum: ``(3,)`` sum over batches of the best scale.
         error_sum: ``(3,)`` sum over batches of its loss.
-        count: batches seen.
+        batches: batches seen.
     """
 
     scale_sum: jax.Array
     error_sum: jax.Array
-    count: jax.Array
+    batches: jax.Array
 
 
 def softmax_init() -> SoftmaxState:
@@ -520,7 +523,7 @@ def softmax_init() -> SoftmaxState:
 def _softmax_losses(
     attention: jax.Array, value: jax.Array, tau: jax.Array, scales: jax.Array, levels: int
 ) -> jax.Array:
-    """Mean ``|A_q V - A V|^2.4`` (3, n) for each tau (3,) and its scales (3, n); attention (B, R, K), value (B, K, D)."""
+    """Mean ``|A_q V - A V|^2.4`` (3, n) for each tau (3,) and its scales (3, n), of (B, R, K) times (B, K, D)."""
     batch, rows, keys = attention.shape
     # Blocks that stay in the cache: 3 times as fast on a CPU as the whole tensor at once.
     together = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * rows * keys <= 2**20))
@@ -594,17 +597,17 @@ def softmax_update(
             best_scale = scale
         half = (right - left) / (points - 1) * reach
         left, right = jnp.maximum(best_scale - half, low), jnp.minimum(best_scale + half, high)
-    return SoftmaxState(state.scale_sum + best_scale, state.error_sum + best_loss, state.count + 1)
+    return SoftmaxState(state.scale_sum + best_scale, state.error_sum + best_loss, state.batches + 1)
 
 
 def softmax_finalize(state: SoftmaxState, bits: int) -> Log2:
     """The tau with the least total loss, and the mean of its best scales."""
-    if not state.count:
+    if not state.batches:
         raise _no_batches()
     if not np.all(np.isfinite(np.asarray(state.error_sum))):
         raise ValueError("the softmax losses are not finite; the attention or the values hold NaN or infinity")
     index = int(np.argmin(np.asarray(state.error_sum)))
-    return Log2(state.scale_sum[index] / state.count, jnp.int32(TAUS[index]), bits)
+    return Log2(state.scale_sum[index] / state.batches, jnp.int32(TAUS[index]), bits)
 
 
 def search_softmax(

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -79,8 +80,12 @@ def _scene_size(config: SamConfig) -> int:
     return min(config.img_size, MAX_SCENE_SIZE)
 
 
-def run(options: Options) -> dict[str, Any]:
+def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
     """Does everything the command does and returns what it writes to `results.json`.
+
+    Args:
+        options: the run.
+        journal: folder of partial results; runs that share it evaluate the float model once.
 
     Raises:
         ValueError, FileNotFoundError: if an input is unusable; nothing but resumable partial results is left.
@@ -100,13 +105,15 @@ def run(options: Options) -> dict[str, Any]:
 
     def score(name: str, model: Any, identity: str, blank: bool = False) -> evaluate.EvaluationResult:
         label = f"{name} (blank images)" if blank else name
-        journal = out / "partial" / f"{name}-{'blank' if blank else 'real'}-{identity[:12]}.jsonl"
+        # The name tells everything apart, so that another run into the same folder starts its own file.
+        where = hashlib.sha256(f"{identity} {dataset.fingerprint} {boxes.fingerprint}".encode()).hexdigest()[:12]
+        file = (journal or out / "partial") / f"{name}-{'blank' if blank else 'real'}-{where}.jsonl"
         return evaluate.evaluate(
             SamPredictor(model),
             dataset,
             boxes,
             blank=blank,
-            partial_results=journal,
+            partial_results=file,
             model_fingerprint=identity,
             progress=f"evaluate {label}",
         )
@@ -221,12 +228,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs of the command line, unless JAX is told otherwise."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ahcptq_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def cli() -> None:
     """Console entry."""
     define_flags()
+    use_compilation_cache()
     app.run(main)
 
 
 if __name__ == "__main__":
     cli()
-

@@ -5,6 +5,7 @@ Every batch is a pure function of (seed, step), so a resumed run sees what the u
 
 import dataclasses
 import json
+import multiprocessing
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -61,7 +62,8 @@ def scene_pool(cache: Path, count: int, size: int) -> ScenePool:
     if not all(path.exists() for path in paths):
         images = np.empty((count, size, size, 3), np.uint8)
         labels = np.empty((count, size, size), np.uint8)
-        with ProcessPoolExecutor() as pool:
+        # Spawned, because a fork of a process that runs JAX's threads can deadlock.
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
             made = pool.map(partial(_scene_arrays, size=size), range(count), chunksize=64)
             for i, (image, label) in enumerate(tqdm(made, total=count, desc="scenes", mininterval=5)):
                 images[i], labels[i] = image, label
@@ -121,9 +123,7 @@ def _sample_scene(rng: np.random.Generator, pool: ScenePool) -> Sample:
     return image, [(label == i).astype(np.uint8) for i in range(1, int(label.max()) + 1) if (label == i).any()]
 
 
-def _dihedral(
-    rng: np.random.Generator, image: np.ndarray, label: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _dihedral(rng: np.random.Generator, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     turns, flip = int(rng.integers(4)), rng.random() < 0.5
     image, label = np.rot90(image, turns), np.rot90(label, turns)
     if flip:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from sam_flax.layers import MLP
 from sam_flax.mask_decoder import MaskDecoder
-from sam_flax.sam import Params, Sam
+from sam_flax.sam import Params, Sam, call
 
 
 class Batch(NamedTuple):
@@ -112,14 +112,14 @@ def dense_loss(
     coarse = coarse / (coarse.sum((-2, -1), keepdims=True) + 1e-3)
     mean = jnp.einsum("bpij,bijc->bpc", coarse, embedding)
     head = auxiliary_head(sam.config.out_chans)
-    weights = head.apply({"params": params["auxiliary"]}, mean)
+    weights = call(head, params["auxiliary"], mean)
     return balanced_bce(jnp.einsum("bpc,bijc->bpij", weights, upscaled), target, region)
 
 
 def pretrain_loss(sam: Sam, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Encoder and upscaling alone, no prompts."""
     target = batch.masks.astype(jnp.float32) / 255
-    embedding = sam.apply({"params": params}, normalise(sam, batch.images), method="encode_image")
+    embedding = call(sam, params, normalise(sam, batch.images), method="encode_image")
     region = box_region(batch.boxes, sam.config.img_size, target.shape[-1])
     dense = dense_loss(sam, params, embedding, upscale(sam, params, embedding), target, region)
     loss = _weighted(dense, batch.weight)
@@ -132,9 +132,9 @@ def joint_loss(
     """The full objective; with `freeze_encoder` no gradient is computed for the image encoder."""
     config = sam.config
     b, p = batch.weight.shape
-    n, g, size = b * p, config.grid, config.mask_size
+    n, size = b * p, config.mask_size
     target = batch.masks.astype(jnp.float32) / 255  # (B, P, 4g, 4g)
-    embedding = sam.apply({"params": params}, normalise(sam, batch.images), method="encode_image")
+    embedding = call(sam, params, normalise(sam, batch.images), method="encode_image")
     if freeze_encoder:
         embedding = jax.lax.stop_gradient(embedding)
 
@@ -177,20 +177,17 @@ def _weighted(values: jax.Array, weight: jax.Array) -> jax.Array:
     return (values * weight).sum() / jnp.maximum(weight.sum(), 1.0)
 
 
-def _encode_prompts(
-    sam: Sam, params: Params, batch: Batch, target: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _encode_prompts(sam: Sam, params: Params, batch: Batch, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Box or point prompts, both two tokens long, some with a rough mask: (N, 2, C), (N, g, g, C)."""
     config = sam.config
     n, g, size = batch.weight.size, config.grid, config.mask_size
-    variables = {"params": params}
     labels = jnp.ones((n, 1), jnp.int32)
     points = (batch.points.reshape(n, 1, 2), labels)
     # The rough mask: the true one moved by smooth noise, in logits like those the decoder returns.
     noise = jax.image.resize(batch.mask_noise.reshape(n, g, g), (n, size, size), "linear")
     rough = 8.0 * (target.reshape(n, size, size) - 0.5) + 4.0 * noise
-    by_point, masked = sam.apply(variables, points, None, rough[..., None], method="encode_prompts")
-    by_box, unmasked = sam.apply(variables, None, batch.boxes.reshape(n, 4), None, method="encode_prompts")
+    by_point, masked = call(sam, params, points, None, rough[..., None], method="encode_prompts")
+    by_box, unmasked = call(sam, params, None, batch.boxes.reshape(n, 4), None, method="encode_prompts")
     sparse = jnp.where(batch.is_point.reshape(n, 1, 1), by_point, by_box)
     dense = jnp.where(batch.has_mask.reshape(n, 1, 1, 1), masked, unmasked)
     return sparse, dense

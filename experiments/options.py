@@ -89,4 +89,5 @@ def options_from_flags() -> Options:
     Raises:
         ValueError: if they contradict each other.
     """
-    return Options(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)})
+    values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)}
+    return Options(**values)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ from experiments.mini_loss import Batch, LossWeights, auxiliary_head, joint_loss
 from experiments.scenes import EVAL_SEED, make_scene
 from sam_flax.checkpoint import save_params
 from sam_flax.config import MINI, SamConfig
-from sam_flax.sam import Params, Sam
+from sam_flax.sam import Params, Sam, call
 
 # Validation scenes of the curve; kept apart from the first EVAL_SEED scenes, which the product is judged on.
 CURVE_SCENES_START = 100_000
@@ -134,7 +135,11 @@ def make_optimizer(schedule: Schedule) -> optax.GradientTransformation:
 
     def adamw(rate: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:
         return optax.adamw(
-            rate, b1=0.9, b2=0.98, weight_decay=schedule.weight_decay, mask=_is_kernel  # type: ignore[arg-type]
+            rate,
+            b1=0.9,
+            b2=0.98,
+            weight_decay=schedule.weight_decay,
+            mask=_is_kernel,  # type: ignore[arg-type]
         )
 
     groups = {"encoder": adamw(schedule.encoder_rate_at), "decoder": adamw(schedule.decoder_rate_at)}
@@ -183,7 +188,7 @@ def make_step(sam: Sam, schedule: Schedule, phase: str) -> Callable[[TrainState,
 
 def save_state(path: Path, state: TrainState, fingerprint: str) -> None:
     """Writes the state atomically."""
-    leaves = {f"leaf_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    leaves: dict[str, Any] = {f"leaf_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     partial_path = path.with_suffix(".partial")
     with partial_path.open("wb") as file:
         np.savez(file, fingerprint=np.array(fingerprint), **leaves)
@@ -215,10 +220,8 @@ def make_curve_eval(sam: Sam) -> Callable[[Params], dict[str, float]]:
     @jax.jit
     def predict(params: Params, image: jax.Array, boxes: jax.Array, points: jax.Array, target: jax.Array):
         def iou(image: jax.Array, prompt: dict[str, Any], multimask: bool) -> jax.Array:
-            embedding = sam.apply({"params": params}, normalise(sam, image[None]), method="encode_image")
-            logits, _ = sam.apply(
-                {"params": params}, embedding, **prompt, multimask_output=multimask, method="decode"
-            )
+            embedding = call(sam, params, normalise(sam, image[None]), method="encode_image")
+            logits, _ = call(sam, params, embedding, **prompt, multimask_output=multimask, method="decode")
             a, b = logits > 0, target[:, None]
             return ((a & b).sum((-2, -1)) / jnp.maximum((a | b).sum((-2, -1)), 1)).max(-1)
 
@@ -251,8 +254,6 @@ def make_curve_eval(sam: Sam) -> Callable[[Params], dict[str, float]]:
 
 
 def _deep_point(mask: np.ndarray) -> np.ndarray:
-    import cv2
-
     depth = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
     y, x = np.unravel_index(int(depth.argmax()), depth.shape)
     return np.array([x, y], np.float32)
@@ -338,9 +339,7 @@ def main(argv: list[str]) -> None:
     train(
         Path(FLAGS.out),
         MINI,
-        Schedule(
-            pretrain_steps=FLAGS.pretrain_steps, warm_steps=FLAGS.warm_steps, joint_steps=FLAGS.joint_steps
-        ),
+        Schedule(pretrain_steps=FLAGS.pretrain_steps, warm_steps=FLAGS.warm_steps, joint_steps=FLAGS.joint_steps),
         BatchSettings(photo_share=FLAGS.photo_share if photographs else 0.0),
         FLAGS.seed,
         FLAGS.scenes,

@@ -40,6 +40,10 @@ class SamConfig:
     def __post_init__(self) -> None:
         for name in ("global_attn_indexes", "pixel_mean", "pixel_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{field.name}={value} must be at least 1.")
         if self.img_size % self.patch_size:
             raise ValueError(
                 f"img_size={self.img_size} is not a multiple of patch_size={self.patch_size}; change one of them."
@@ -54,9 +58,7 @@ class SamConfig:
                 f"{2 * self.decoder_num_heads}."
             )
         if any(not 0 <= i < self.depth for i in self.global_attn_indexes):
-            raise ValueError(
-                f"global_attn_indexes={self.global_attn_indexes} must lie in 0..depth-1={self.depth - 1}."
-            )
+            raise ValueError(f"global_attn_indexes={self.global_attn_indexes} must lie in 0..depth-1={self.depth - 1}.")
 
     @property
     def grid(self) -> int:
@@ -97,7 +99,8 @@ class SamConfig:
         if unknown:
             raise ValueError(f"SAM configuration has unknown fields {unknown}; known are {sorted(known)}.")
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**fields)
         except TypeError as error:
             raise ValueError(f"SAM configuration is incomplete or mistyped: {error}.") from error
 
@@ -111,12 +114,8 @@ VIT_B = SamConfig(
     window_size=14,
     global_attn_indexes=(2, 5, 8, 11),
 )
-VIT_L = dataclasses.replace(
-    VIT_B, embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23)
-)
-VIT_H = dataclasses.replace(
-    VIT_B, embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31)
-)
+VIT_L = dataclasses.replace(VIT_B, embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
+VIT_H = dataclasses.replace(VIT_B, embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
 # The small SAM that ships: the same graph at laptop size, trained by experiments/train_mini.py.
 MINI = SamConfig(
     img_size=160,

@@ -45,9 +45,7 @@ def relative_positions(table: jax.Array, size: int) -> jax.Array:
     return table[offsets]
 
 
-def attention_probabilities(
-    q: jax.Array, k: jax.Array, bias_h: jax.Array, bias_w: jax.Array
-) -> jax.Array:
+def attention_probabilities(q: jax.Array, k: jax.Array, bias_h: jax.Array, bias_w: jax.Array) -> jax.Array:
     """Softmax over the keys for any subset of queries.
 
     Shapes as in `attention`: (..., M, d), (..., N, d), (..., M, H), (..., M, W) -> (..., M, N).
@@ -208,9 +206,7 @@ class ImageEncoderViT(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.patch_embed = PatchEmbed(c.patch_size, c.embed_dim)
-        self.pos_embed = self.param(
-            "pos_embed", nn.initializers.normal(0.02), (1, c.grid, c.grid, c.embed_dim)
-        )
+        self.pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, c.grid, c.grid, c.embed_dim))
         self.blocks = [make_block(c, i) for i in range(c.depth)]
         self.neck = Neck(c.embed_dim, c.out_chans)
 

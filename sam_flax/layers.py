@@ -25,9 +25,7 @@ class Linear(nn.Module):
 
     def setup(self) -> None:
         self.input = Site()
-        self.kernel = self.param(
-            "kernel", nn.initializers.xavier_uniform(), (self.in_features, self.features)
-        )
+        self.kernel = self.param("kernel", nn.initializers.xavier_uniform(), (self.in_features, self.features))
         self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
 
     def __call__(self, x: jax.Array) -> jax.Array:  # (..., in) -> (..., out)
@@ -65,9 +63,7 @@ def conv_same(x: jax.Array, kernel: jax.Array) -> jax.Array:
     pad = k // 2
     _, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    patches = jnp.concatenate(
-        [padded[:, i : i + height, j : j + width] for i in range(k) for j in range(k)], axis=-1
-    )
+    patches = jnp.concatenate([padded[:, i : i + height, j : j + width] for i in range(k) for j in range(k)], axis=-1)
     return patches @ kernel.reshape(-1, kernel.shape[-1])
 
 
@@ -81,9 +77,7 @@ class PatchConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # (B, H, W, in) -> (B, H/p, W/p, out)
         p = self.patch_size
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (p, p, self.in_features, self.features)
-        )
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (p, p, self.in_features, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         b, h, w, c = x.shape
         patches = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)

@@ -86,9 +86,7 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = Attention(self.embedding_dim, self.num_heads, downsample_rate=2)
         self.norm_final_attn = layer_norm(1e-5)
 
-    def __call__(
-        self, image: jax.Array, image_pe: jax.Array, tokens: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, image: jax.Array, image_pe: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         # image and image_pe (N, HW, C), tokens (N, T, C)
         queries, keys = tokens, image
         for layer in self.layers:
@@ -153,8 +151,6 @@ class MaskDecoder(nn.Module):
 
         num_masks = len(self.output_hypernetworks_mlps)
         upscaled = self.output_upscaling(image.reshape(n, g, g, dim))  # (N, 4g, 4g, C/8)
-        hyper = jnp.stack(
-            [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], axis=1
-        )
+        hyper = jnp.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], axis=1)
         logits = jnp.einsum("nmc,nhwc->nmhw", hyper, upscaled)
         return logits, self.iou_prediction_head(tokens[:, 0])[:, :num_masks]

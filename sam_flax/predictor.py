@@ -157,7 +157,8 @@ class SamPredictor:
         config = self.model.config
         points = None
         if (point_coords is None) != (point_labels is None):
-            raise ValueError("point_coords and point_labels must be given together; one of them is missing.")
+            missing = "point_coords" if point_coords is None else "point_labels"
+            raise ValueError(f"point_coords and point_labels must be given together; {missing} is missing.")
         if point_coords is not None and point_labels is not None:
             coords = _check("point_coords", point_coords, (None, None, 2))
             labels = _check("point_labels", point_labels, coords.shape[:2])
@@ -174,9 +175,13 @@ class SamPredictor:
             points = (jnp.asarray(moved), jnp.asarray(labels, jnp.int32))
         box_array = None
         if boxes is not None:
-            boxes = _check("box", boxes, (None, 4))
-            if (boxes[:, 2:] <= boxes[:, :2]).any():
-                raise ValueError("A box has x1 <= x0 or y1 <= y0; give corners as x0, y0, x1, y1 in pixels.")
+            boxes = _check("boxes", boxes, (None, 4))
+            empty = (boxes[:, 2:] <= boxes[:, :2]).any(-1)
+            if empty.any():
+                raise ValueError(
+                    f"box {boxes[empty][0].tolist()} has x1 <= x0 or y1 <= y0; give corners as x0, y0, x1, y1 in "
+                    "pixels."
+                )
             height, width = self.original_size
             outside = (boxes[:, :2] >= [width, height]).any(-1) | (boxes[:, 2:] <= 0).any(-1)
             if outside.any():
@@ -194,9 +199,7 @@ class SamPredictor:
         coordinates = None if points is None else points[0]
         lengths = {len(a) for a in (coordinates, box_array, mask_array) if a is not None}
         if not lengths:
-            raise ValueError(
-                "No prompt was given; give point_coords with point_labels, a box, or a mask_input."
-            )
+            raise ValueError("No prompt was given; give point_coords with point_labels, a box, or a mask_input.")
         if len(lengths) > 1:
             raise ValueError(
                 f"Points, boxes and masks must be as many as each other but number {sorted(lengths)}; give "
@@ -209,9 +212,7 @@ class SamPredictor:
         masks = np.empty((*low.shape[:2], *self.original_size), dtype)
         # One prompt at a time: all logits of a large image at once would be gigabytes.
         for out, logits in zip(masks, low, strict=True):
-            full = preprocessing.postprocess_masks(
-                logits, self.input_size, self.original_size, config.img_size
-            )
+            full = preprocessing.postprocess_masks(logits, self.input_size, self.original_size, config.img_size)
             out[...] = full if return_logits else full > config.mask_threshold
         return masks, np.asarray(iou), low
 
@@ -228,9 +229,7 @@ def _check(name: str, array: np.ndarray, shape: tuple[int | None, ...]) -> np.nd
         values = array.astype(np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is not an array of numbers; give a NumPy array.") from None
-    fits = array.ndim == len(shape) and all(
-        m > 0 and n in (None, m) for n, m in zip(shape, array.shape, strict=True)
-    )
+    fits = array.ndim == len(shape) and all(m > 0 and n in (None, m) for n, m in zip(shape, array.shape, strict=True))
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(

@@ -16,9 +16,7 @@ class PositionEmbeddingRandom(nn.Module):
 
     @nn.compact
     def __call__(self, coords: jax.Array) -> jax.Array:  # (..., 2) xy in 0..1 -> (..., 2*num_pos_feats)
-        matrix = self.param(
-            "positional_encoding_gaussian_matrix", nn.initializers.normal(1.0), (2, self.num_pos_feats)
-        )
+        matrix = self.param("positional_encoding_gaussian_matrix", nn.initializers.normal(1.0), (2, self.num_pos_feats))
         angles = 2 * np.pi * ((2 * coords - 1) @ matrix)
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 

@@ -13,7 +13,7 @@ from sam_flax.image_encoder import Block, ImageEncoderViT, Neck, PatchEmbed, mak
 from sam_flax.mask_decoder import MaskDecoder
 from sam_flax.prompt_encoder import PromptEncoder
 
-Params = dict[str, Any]
+Params = dict[str, Any]  # nested, float32 arrays at the leaves
 Points = tuple[jax.Array, jax.Array]
 
 
@@ -103,10 +103,15 @@ class Sam(nn.Module):
         args = (images, points, jnp.zeros((1, 4)), jnp.zeros((1, mask, mask, 1)))
         shapes = jax.eval_shape(self.init, key, *args)
         # Initialised without running the forward pass: at SAM-H size that pass costs minutes.
-        return _random_like(self, shapes["params"], key)
+        return _random_like(shapes["params"], key)
 
 
-def _random_like(sam: Sam, shapes: Params, key: jax.Array) -> Params:
+def call(module: nn.Module, params: Params, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+    """A module as a function of its parameters."""
+    return module.apply({"params": params}, *args, method=method, **kwargs)
+
+
+def _random_like(shapes: Params, key: jax.Array) -> Params:
     """Draws parameters of the given shapes with the layers' own initialisers, leaf by leaf."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     values = []
@@ -129,13 +134,13 @@ def _random_like(sam: Sam, shapes: Params, key: jax.Array) -> Params:
 @partial(jax.jit, static_argnums=0)
 def apply_embed(module: PatchEmbed, params: Params, images: jax.Array) -> jax.Array:
     """Images (B, S, S, 3) -> tokens (B, g, g, D) with positions added; `params` is the image encoder's."""
-    return module.apply({"params": params["patch_embed"]}, images) + params["pos_embed"]
+    return call(module, params["patch_embed"], images) + params["pos_embed"]
 
 
 @partial(jax.jit, static_argnums=0)
 def apply_stage(module: Block | Neck, params: Params, x: jax.Array) -> jax.Array:
     """One block or the neck on its own parameters."""
-    return module.apply({"params": params}, x)  # type: ignore[return-value]
+    return call(module, params, x)
 
 
 @partial(jax.jit, static_argnames=("sam", "multimask_output"))
@@ -148,16 +153,12 @@ def apply_decode(
     masks: jax.Array | None,
     multimask_output: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    return sam.apply(  # type: ignore[return-value]
-        {"params": params}, image_embeddings, points, boxes, masks, multimask_output, method="decode"
-    )
+    return call(sam, params, image_embeddings, points, boxes, masks, multimask_output, method="decode")
 
 
 def encoder_stages(config: SamConfig) -> list[tuple[str, Block | Neck]]:
     """(parameter key, module) of everything after the patch embedding, in forward order."""
-    stages: list[tuple[str, Block | Neck]] = [
-        (f"blocks_{i}", make_block(config, i)) for i in range(config.depth)
-    ]
+    stages: list[tuple[str, Block | Neck]] = [(f"blocks_{i}", make_block(config, i)) for i in range(config.depth)]
     return [*stages, ("neck", Neck(config.embed_dim, config.out_chans, parent=None))]
 
 

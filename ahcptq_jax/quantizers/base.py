@@ -7,6 +7,7 @@ own code and an integer implementation by shifts gives the same numbers.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -24,10 +25,7 @@ _BEYOND_EVERY_LEVEL = 1024
 _SQRT_HALF_OCTAVE = np.float32(2.0**0.5)
 # Row log2(tau): mantissas in [1, 2) above which tau * log2(mantissa) rounds to 1, 2, 3, 4; 4.0 is never reached.
 _OCTAVE_THRESHOLDS = np.array(
-    [
-        [2.0 ** ((2 * i - 1) / (2 * tau)) if i <= tau else 4.0 for i in range(1, 5)]
-        for tau in (1, 2, 4)
-    ],
+    [[2.0 ** ((2 * i - 1) / (2 * tau)) if i <= tau else 4.0 for i in range(1, 5)] for tau in (1, 2, 4)],
     np.float32,
 )
 _QUARTER_OCTAVES = tuple(np.float32(2.0 ** (-i / 4)) for i in range(4))
@@ -74,6 +72,7 @@ def check_broadcast(name: str, shape: tuple[int, ...], x_shape: tuple[int, ...])
         )
 
 
+@functools.partial(jax.jit, static_argnames="bits")
 def qparams_from_range(low: Any, high: Any, bits: int) -> tuple[jax.Array, jax.Array]:
     """Scale and zero point of the asymmetric uniform quantizer that covers ``[low, high]`` and zero.
 

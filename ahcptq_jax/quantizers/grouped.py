@@ -65,7 +65,9 @@ class Grouped:
         """The equal per-channel quantizer: scale and zero point gathered once for each channel, ``(C,)``."""
         groups = jnp.asarray(self.groups)
         return Uniform(
-            jnp.asarray(self.scale, jnp.float32)[groups], jnp.asarray(self.zero_point, jnp.float32)[groups], self.bits
+            jnp.asarray(self.scale, jnp.float32)[groups],
+            jnp.asarray(self.zero_point, jnp.float32)[groups],
+            self.bits,
         )
 
     def _for_input(self, shape: tuple[int, ...]) -> Uniform:

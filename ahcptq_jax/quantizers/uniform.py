@@ -79,7 +79,8 @@ class Uniform:
     @classmethod
     def from_range(cls, low: Any, high: Any, bits: int) -> Uniform:
         """The quantizer that covers ``[low, high]`` and zero; scalars or one value per channel."""
-        return cls(*base.qparams_from_range(low, high, bits), bits)
+        scale, zero_point = base.qparams_from_range(low, high, bits)
+        return cls(scale, zero_point, bits)
 
     def validate(self, channels: int | None = None) -> Uniform:
         """Returns itself; raises ValueError if a (concrete) parameter breaks the conditions above.

@@ -41,7 +41,10 @@ def test_flipping_makes_keys_unimodal_and_keeps_products() -> None:
     rng = np.random.default_rng(1)
     signs = np.where(np.arange(16) % 3 == 0, -4.0, 4.0)
     x = rng.normal(size=(500, 8)).astype(np.float32)
-    query = {"kernel": rng.normal(size=(8, 16)).astype(np.float32), "bias": rng.normal(size=16).astype(np.float32)}
+    query = {
+        "kernel": rng.normal(size=(8, 16)).astype(np.float32),
+        "bias": rng.normal(size=16).astype(np.float32),
+    }
     key = {"kernel": 0.2 * rng.normal(size=(8, 16)).astype(np.float32), "bias": signs.astype(np.float32)}
 
     def project(params, x):

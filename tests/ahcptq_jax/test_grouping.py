@@ -110,8 +110,8 @@ def test_edges() -> None:
         few = grouping.group_channels(np.tile(scale, 8), np.tile(zero_point, 8), 6, metric)
         few.quantizer(4).validate(24)
         np.testing.assert_allclose(few.scale[few.labels], np.tile(scale, 8), rtol=1e-6)
-        same = grouping.group_channels(np.full(9, 0.5, np.float32), np.full(9, 3.0, np.float32), 4, metric)
-        same.quantizer(4).validate(9)
+        same = grouping.group_channels(np.full(24, 0.5, np.float32), np.full(24, 3.0, np.float32), 6, metric)
+        same.quantizer(4).validate(24)
         np.testing.assert_allclose(same.scale[same.labels], 0.5, rtol=1e-6)
     assert [s.scale.shape[0] for s in grouping.ladder(scale, zero_point, 1)] == [3, 3, 2, 1]
 
@@ -127,7 +127,7 @@ def test_grouping_beats_one_scale_on_skewed_channels() -> None:
     channels = search_range([x], 4, per_channel=True)
     per_tensor = Uniform.from_range(x.min(), x.max(), 4)
     for metric in grouping.METRICS:
-        grouped = grouping.ladder(channels.scale, channels.zero_point, 4, metric)[-1].quantizer(4)
+        grouped = grouping.group_channels(channels.scale, channels.zero_point, 4, metric).quantizer(4)
         assert error(channels) < error(grouped) < 0.8 * error(per_tensor)
 
 

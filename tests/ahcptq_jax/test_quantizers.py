@@ -136,7 +136,7 @@ def test_gradients_are_the_official_ones() -> None:
             out = quantizers.fake_quant_lsq(quantizer, x)
             return jnp.sum(out * g["grad_out"]), out
 
-        (grads, grad_x), out = jax.grad(loss, (0, 1), has_aux=True, allow_int=True)(quantizer, jnp.asarray(x))
+        (grads, grad_x), out = jax.jit(jax.grad(loss, (0, 1), has_aux=True, allow_int=True))(quantizer, jnp.asarray(x))
         np.testing.assert_allclose(out, g[f"{prefix}_out"], atol=1e-6)
         np.testing.assert_allclose(grad_x, g[f"{prefix}_grad_x"], atol=1e-5)
         for name, key in scales.items():
@@ -150,7 +150,9 @@ def test_log2_gradients_are_the_official_ones() -> None:
         out = quantizers.log2_fake_quant(x, scale, jnp.asarray(g["agq_tau"]), 2 ** int(g["bits"]))
         return jnp.sum(out * g["agq_grad_out"]), out
 
-    (grad_x, grad_scale), out = jax.grad(loss, (0, 1), has_aux=True)(jnp.asarray(g["agq_x"]), jnp.asarray(g["agq_scale"]))
+    (grad_x, grad_scale), out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(
+        jnp.asarray(g["agq_x"]), jnp.asarray(g["agq_scale"])
+    )
     np.testing.assert_allclose(out, g["agq_out"], atol=1e-6)
     np.testing.assert_allclose(grad_x, g["agq_grad_x"], atol=1e-5)
     np.testing.assert_allclose(grad_scale, g["agq_grad_scale"], atol=1e-5)
@@ -218,16 +220,16 @@ def test_hybrid_does_not_have_the_official_defect() -> None:
 def test_hybrid_code_layout() -> None:
     quantizer = Hybrid(jnp.float32(-1.0), jnp.float32(0.5), jnp.float32(0.25), jnp.float32(3), 3)
     expected = [-0.5, -0.75, -0.875, -1.0, -0.25, 0.0, 0.25, 0.5]
-    np.testing.assert_array_equal(quantizer.decode(jnp.arange(8)), expected)
-    np.testing.assert_array_equal(quantizer.encode(jnp.array(expected)), np.arange(8))
+    np.testing.assert_array_equal(decode(quantizer, jnp.arange(8)), expected)
+    np.testing.assert_array_equal(encode(quantizer, jnp.array(expected)), np.arange(8))
     # Uniform code 0 coincides with log code 0; below the minimum is zero; above the range is the last code.
-    np.testing.assert_array_equal(quantizer.encode(jnp.array([-0.45, -3.0, 9.0])), [0, 3, 7])
+    np.testing.assert_array_equal(encode(quantizer, jnp.array([-0.45, -3.0, 9.0])), [0, 3, 7])
 
 
 def test_log2_zero_is_the_last_code() -> None:
     quantizer = Log2(1.0, 1, 2)
-    np.testing.assert_array_equal(quantizer.decode(jnp.arange(4)), [1.0, 0.5, 0.25, 0.0])
-    np.testing.assert_array_equal(quantizer.encode(jnp.array([2.0, 0.5, 0.2, 0.1, 0.0, -1.0])), [0, 1, 2, 3, 3, 3])
+    np.testing.assert_array_equal(decode(quantizer, jnp.arange(4)), [1.0, 0.5, 0.25, 0.0])
+    np.testing.assert_array_equal(encode(quantizer, jnp.array([2.0, 0.5, 0.2, 0.1, 0.0, -1.0])), [0, 1, 2, 3, 3, 3])
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -267,9 +269,7 @@ def test_scale_gradient() -> None:
 
 
 @hypothesis.settings(max_examples=30, deadline=None)
-@hypothesis.given(
-    st.lists(st.floats(2.0**-100, 1.0, width=32), min_size=1, max_size=50), st.sampled_from([1, 2, 4])
-)
+@hypothesis.given(st.lists(st.floats(2.0**-100, 1.0, width=32), min_size=16, max_size=16), st.sampled_from([1, 2, 4]))
 def test_octave_rounding_is_that_of_exact_log2(values: list[float], tau: int) -> None:
     ratio = np.array(values, np.float32)
     exact = -tau * np.log2(ratio.astype(np.float64))
@@ -277,7 +277,9 @@ def test_octave_rounding_is_that_of_exact_log2(values: list[float], tau: int) ->
     assert np.all(np.abs(rounded - exact) <= 0.5 + 1e-6)
     if tau == 1:
         np.testing.assert_array_equal(base.round_to_octave(jnp.asarray(ratio)), rounded)
-    np.testing.assert_allclose(base.negative_power_of_root(jnp.asarray(rounded), tau), 2.0 ** (-rounded / tau), rtol=2e-7)
+    np.testing.assert_allclose(
+        base.negative_power_of_root(jnp.asarray(rounded), tau), 2.0 ** (-rounded / tau), rtol=2e-7
+    )
 
 
 @hypothesis.settings(max_examples=30, deadline=None)
@@ -323,7 +325,10 @@ def test_bad_bits(bits) -> None:
         (Uniform(1.0, 16.0, 4), "zero_point must hold integers from 0 to 15"),
         (Uniform(1.0, 0.5, 4), "zero_point must hold integers"),
         (Uniform(jnp.ones(3), jnp.zeros(3), 4), "one entry for each channel"),
-        (Grouped(jnp.ones(2), jnp.zeros(2), jnp.array([0, 1, 2] + [0] * 9), 4), "groups must hold integers from 0 to 1"),
+        (
+            Grouped(jnp.ones(2), jnp.zeros(2), jnp.array([0, 1, 2] + [0] * 9), 4),
+            "groups must hold integers from 0 to 1",
+        ),
         (Grouped(jnp.ones(2), jnp.zeros(2), jnp.zeros(5, jnp.int32), 4), "one label for each of the 12"),
         (Grouped(jnp.ones((2, 1)), jnp.zeros((2, 1)), jnp.zeros(12, jnp.int32), 4), r"must both be \(G,\)"),
         (Log2(-1.0, 2, 4), "scale must be finite and positive"),

