@@ -154,6 +154,16 @@ def observe(
     return output, updated
 
 
+def _relevant(config: QuantConfig, sites: Sites) -> QuantConfig:
+    """The part of the configuration that these statistics depend on: the rest shall not cost a compilation."""
+    searched = any(kind in ("hybrid", "log2") for _, kind in sites)
+    return QuantConfig(
+        a_bits=config.a_bits if searched else QuantConfig.a_bits,
+        hluq_reach_maximum=config.hluq_reach_maximum,
+        softmax_rows=config.softmax_rows,
+    )
+
+
 def discover(run: Run, params: Params, inputs: Any, prefix: str, config: QuantConfig) -> tuple[Sites, dict[str, Any]]:
     """The quantized sites of a part of the model and their empty statistics, found by abstract evaluation."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -213,7 +223,13 @@ def observe_encoder(
             if stage not in sites:
                 sites[stage], statistics[stage] = discover(run, encoder[stage], x, f"image_encoder/{stage}/", config)
             x, statistics[stage] = observe(
-                run, encoder[stage], statistics[stage], x, key, sites=sites[stage], config=config
+                run,
+                encoder[stage],
+                statistics[stage],
+                x,
+                key,
+                sites=sites[stage],
+                config=_relevant(config, sites[stage]),
             )
         embeddings.append(np.asarray(x))
     places = [(f"image_encoder/{stage}/{path}", stage, path, kind) for stage in sites for path, kind in sites[stage]]
@@ -277,8 +293,8 @@ def unify_keys(
 def observe_decoder(
     sam: Sam,
     params: Params,
-    embeddings: Sequence[np.ndarray],
-    prompts: Sequence[np.ndarray],
+    embeddings: Iterable[np.ndarray],
+    prompts: Iterable[np.ndarray],
     config: QuantConfig,
 ) -> dict[str, Quantizer]:
     """Quantizers of the mask decoder, prompted with (P, 4) canvas boxes per image."""
@@ -291,5 +307,7 @@ def observe_decoder(
         if not sites:
             sites, statistics = discover(run, decoder, inputs, "", config)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
-        _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=config)
+        _, statistics = observe(
+            run, decoder, statistics, inputs, key, sites=sites, config=_relevant(config, sites)
+        )
     return finalize(statistics, dict(sites), config)

@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from ahcptq_jax.quantizers.base import check_bits
+import numpy as np
+
+from ahcptq_jax.quantizers.base import MAX_BITS, MIN_BITS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,14 +31,26 @@ class QuantConfig:
     seed: int = 0  # of the row and prompt subsampling
 
     def __post_init__(self) -> None:
-        check_bits(self.w_bits)
-        check_bits(self.a_bits)
+        for field in dataclasses.fields(self):
+            value, expected = getattr(self, field.name), (int, np.integer) if field.type is int else field.type
+            # bool is an int to Python, and bits=True a mistake.
+            if not isinstance(value, expected) or (field.type is int and isinstance(value, bool)):
+                kinds = {int: "a whole number", bool: "True or False", str: "a text"}
+                raise ValueError(f"{field.name}={value!r} must be {kinds[field.type]}.")
+        for name in ("w_bits", "a_bits"):
+            if not MIN_BITS <= getattr(self, name) <= MAX_BITS:
+                raise ValueError(f"{name}={getattr(self, name)} must be a width from {MIN_BITS} to {MAX_BITS} bits.")
         if self.groups < 0:
             raise ValueError(f"groups={self.groups} must be 0 (every channel on its own) or a positive number.")
         if self.group_metric not in ("paper", "normalized"):
             raise ValueError(f"group_metric={self.group_metric!r} must be 'paper' or 'normalized'.")
         if self.prompts_per_image < 1 or self.softmax_rows < 0:
-            raise ValueError("prompts_per_image must be at least 1 and softmax_rows at least 0.")
+            raise ValueError(
+                f"prompts_per_image={self.prompts_per_image} must be at least 1 and "
+                f"softmax_rows={self.softmax_rows} at least 0."
+            )
+        if not 0 <= self.seed < 2**31 - 1:
+            raise ValueError(f"seed={self.seed} must be a number from 0 to {2**31 - 2}.")
 
 
 W4A4 = QuantConfig(w_bits=4, a_bits=4)

@@ -1,7 +1,7 @@
 """`quantize(params, calib)`: from a floating-point SAM and a few images to a `Quantized` one."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -52,15 +52,35 @@ def quantize(params: Params, calib: Iterable[Any], config: QuantConfig = W4A4, *
     Raises:
         ValueError: if the parameters are no SAM's or not finite, or a calibration image or box is unusable.
     """
+    return quantize_model(_check_model(sam, params), params, calib, config, progress=False)
+
+
+def _check_model(sam: Sam | None, params: Params) -> Sam:
+    """The module that fits the parameters, which is `sam` if given."""
+    parts = ("image_encoder", "prompt_encoder", "mask_decoder")
+    if not isinstance(params, Mapping) or not all(isinstance(params.get(part), Mapping) for part in parts):
+        raise ValueError(
+            f"params must be the nested parameters of a SAM, with {', '.join(parts)}, but is a "
+            f"{type(params).__name__} without them; pass the second result of sam_flax.load_sam."
+        )
+    # With one head every width is possible; the real number is not in the shapes.
+    inferred = infer_config(params, decoder_num_heads=1)
     if sam is None:
-        heads = max(1, flatten(params)["mask_decoder/iou_token"].shape[-1] // 32)
-        sam = Sam(infer_config(params, decoder_num_heads=heads))
-    return quantize_model(sam, params, calib, config, progress=False)
+        return Sam(dataclasses.replace(inferred, decoder_num_heads=max(1, inferred.out_chans // 32)))
+    for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "out_chans", "decoder_depth"):
+        if getattr(sam.config, name) != getattr(inferred, name):
+            raise ValueError(
+                f"sam has {name}={getattr(sam.config, name)} but params are those of a SAM with "
+                f"{name}={getattr(inferred, name)}; pass both results of one load_sam."
+            )
+    return sam
 
 
 def quantize_model(sam: Sam, params: Params, calib: Iterable[Any], config: QuantConfig, *, progress: bool) -> Quantized:
     """`quantize` with the module given; `progress` shows bars on stderr."""
     _check_finite(params)
+    if not isinstance(calib, Iterable):
+        raise ValueError(f"calib must be an iterable of images but is a {type(calib).__name__}; pass a list.")
     rng = np.random.default_rng(config.seed)
     items = [prepare(i, item, sam, config, rng) for i, item in enumerate(calib)]
     if not items:
@@ -77,8 +97,7 @@ def quantize_model(sam: Sam, params: Params, calib: Iterable[Any], config: Quant
     boxes = [item.boxes for item in items]
     if config.big:
         params, _ = calibrate.unify_keys(sam, params, embeddings, boxes)
-    shown = list(bar(embeddings, "calibrate decoder"))
-    activations |= calibrate.observe_decoder(sam, params, shown, boxes, config)
+    activations |= calibrate.observe_decoder(sam, params, bar(embeddings, "calibrate decoder"), boxes, config)
 
     layers = sorted({path for site in activations if (path := weight_path(site)) is not None})
     flat = flatten(params)
@@ -113,13 +132,16 @@ def prepare(index: int, item: Any, sam: Sam, config: QuantConfig, rng: np.random
     Raises:
         ValueError: if the image or a box is unusable; the sentence names its position.
     """
-    image, boxes = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+    image, boxes = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
     try:
         image = preprocessing.check_image(image)
     except ValueError as error:
         raise ValueError(f"Calibration item {index}: {error}") from error
     height, width = image.shape[:2]
-    boxes = np.array([[0, 0, width, height]]) if boxes is None else np.asarray(boxes, np.float64)
+    try:
+        boxes = np.array([[0, 0, width, height]] if boxes is None else boxes, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"Calibration item {index}: boxes must be numbers; give x0, y0, x1, y1 in pixels.") from None
     if boxes.ndim != 2 or boxes.shape[-1] != 4 or len(boxes) == 0 or not np.isfinite(boxes).all():
         raise ValueError(
             f"Calibration item {index}: boxes of shape {boxes.shape} must be a non-empty, finite (N, 4) array of "
@@ -138,5 +160,6 @@ def prepare(index: int, item: Any, sam: Sam, config: QuantConfig, rng: np.random
 
 def _check_finite(params: Params) -> None:
     for path, value in flatten(params).items():
-        if not bool(jnp.isfinite(jnp.asarray(value)).all()):
+        # On the host: jitted, every shape would be compiled for one look.
+        if not np.isfinite(np.asarray(value)).all():
             raise ValueError(f"Parameter {path} contains NaN or infinity; load an intact checkpoint.")

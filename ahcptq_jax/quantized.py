@@ -14,7 +14,7 @@ from ahcptq_jax.quantizers import Quantizer, Uniform
 from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
 from sam_flax.config import SamConfig
 from sam_flax.image_encoder import Block, Neck, PatchEmbed
-from sam_flax.sam import Params, Points, Sam, apply_embed, call, encoder_stages
+from sam_flax.sam import Params, Points, Sam, apply_embed, call, check_canvas, encoder_stages
 
 
 @partial(
@@ -127,6 +127,7 @@ class Quantized:
 
         Weights are decoded block by block, so only one block is ever held in floating point.
         """
+        check_canvas(images, self.config)
         encoder = self.params["image_encoder"]
         embed = PatchEmbed(self.config.patch_size, self.config.embed_dim, parent=None)
         x = apply_embed(embed, {k: encoder[k] for k in ("patch_embed", "pos_embed")}, images)

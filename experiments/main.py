@@ -10,8 +10,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app
+from tqdm import tqdm
 
 import ahcptq_jax
 from ahcptq_jax.quantize import quantize_model
@@ -92,22 +95,27 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
     """
     out = Path(options.out)
     seconds: dict[str, float] = {}
+    # Every input is looked at before the first long stage.
+    _check_writable(out)
     with _timed(seconds, "load"):
         sam, params = load_sam(options.checkpoint)
         dataset = evaluation_set(options, sam.config)
         boxes = coco.load_boxes(options.boxes, dataset)
         calib = calibration_set(options, sam.config) if options.method != "fp" else []
+        _check_images(dataset)
     _say(
         f"{options.checkpoint}: {sum(a.size for a in jax.tree.leaves(params)):,} parameters; "
         f"{len(dataset.items)} images, {len(boxes)} boxes; calibration on {len(calib)} images."
     )
     model_id = _fingerprint([np.asarray(leaf) for leaf in jax.tree.leaves(params)])
+    partial: list[Path] = []
 
     def score(name: str, model: Any, identity: str, blank: bool = False) -> evaluate.EvaluationResult:
         label = f"{name} (blank images)" if blank else name
         # The name tells everything apart, so that another run into the same folder starts its own file.
         where = hashlib.sha256(f"{identity} {dataset.fingerprint} {boxes.fingerprint}".encode()).hexdigest()[:12]
         file = (journal or out / "partial") / f"{name}-{'blank' if blank else 'real'}-{where}.jsonl"
+        partial.append(file)
         return evaluate.evaluate(
             SamPredictor(model),
             dataset,
@@ -122,6 +130,7 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
     with _timed(seconds, "evaluate_fp"):
         fp = score("fp", fp_model, model_id)
     results: dict[str, Any] = {"config": dataclasses.asdict(options), "fp": dict(fp.metrics)}
+    results["bytes"] = {"fp32": 4 * sum(a.size for a in jax.tree.leaves(params))}
     examples: list[report.Example] = []
     layers: list[report.HybridPanel | report.GroupPanel] = []
     if options.method != "fp":
@@ -140,8 +149,8 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         if options.blank:
             with _timed(seconds, "evaluate_blank"):
                 results["quantized_blank"] = dict(score("quantized", quantized, quantized_id, blank=True).metrics)
-        examples = report.make_examples(dataset, boxes, fp, scored)
         with _timed(seconds, "report"):
+            examples = report.make_examples(dataset, boxes, fp, scored)
             layers = panels.layer_panels(quantized, SamModel(sam, params), calib)
     if options.blank:
         with _timed(seconds, "evaluate_blank"):
@@ -155,7 +164,31 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
     write_atomically(out / "flags.txt", _flag_lines(options))
     report.write_report(out, results, examples, layers, title=_title(options), notes=notes)
     write_json(out / "results.json", results)
+    if journal is None:
+        # They serve interrupted runs only: a later run may be one of other code.
+        for file in partial:
+            file.unlink(missing_ok=True)
+        if not any((out / "partial").iterdir()):
+            (out / "partial").rmdir()
     return results
+
+
+def _check_writable(out: Path) -> None:
+    """Raises ValueError if nothing can be written to `out`; leaves nothing behind."""
+    try:
+        nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out={out} cannot be written ({error.strerror}); choose a writable folder.") from error
+
+
+def _check_images(dataset: coco.CocoDataset) -> None:
+    """Decodes every image file once, so that a damaged one shows now and not after hours."""
+    files = [item for item in dataset.items if item.path is not None]
+    images = coco.stream_images(dataset, files)
+    for _ in tqdm(images, desc="check images", total=len(files), disable=not files, mininterval=1):
+        pass
 
 
 def _title(options: Options) -> str:
@@ -205,7 +238,7 @@ def summary(results: dict[str, Any]) -> str:
         lines.append(f"{key:<18}" + "".join(f"{cell:>8}" for cell in cells))
     if results.get("agreement_mIoU") is not None:
         lines.append(f"agreement of quantized and fp masks (mIoU): {results['agreement_mIoU']:.3f}")
-    if "bytes" in results:
+    if "quantized" in results:
         sizes = results["bytes"]
         share = sizes["quantized"] / sizes["fp32"]
         lines.append(f"bytes: {sizes['fp32']:,} -> {sizes['quantized']:,} ({100 * share:.1f} %)")
@@ -215,8 +248,10 @@ def summary(results: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
-        print(f"Unexpected argument {argv[1]!r}; every option is a --flag.", file=sys.stderr)
+        print(f"Error: unexpected argument {argv[1]!r}; every option is a --flag.", file=sys.stderr)
         return 2
+    # absl shows INFO, at which JAX tells of every accelerator that is absent.
+    logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         options = options_from_flags()
         results = run(options)

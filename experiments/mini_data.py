@@ -46,7 +46,15 @@ class BatchSettings:
     point_share: float = 0.2
     mask_share: float = 0.1
     exact_box_share: float = 0.5
-    photo_share: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What the images of a batch are."""
+
+    photo_share: float = 0.0  # photographs instead of scenes, where there are any
+    mosaic_share: float = 0.0  # images made of four at half the size, whose objects are as small as photographs' are
+    min_photo_area: float = 0.003  # least share of the image of a photograph's segment
 
 
 def _scene_arrays(index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +84,7 @@ def scene_pool(cache: Path, count: int, size: int) -> ScenePool:
 
 
 def load_photographs(images: Path, segments: Path, size: int) -> list[Photograph]:
-    """Reads a COCO folder at `size` pixels on the long side, every segment of at least 0.3 % of the image.
+    """Reads a COCO folder at `size` pixels on the long side.
 
     Raises:
         FileNotFoundError: if the folder or the annotation file is missing.
@@ -103,7 +111,7 @@ def load_photographs(images: Path, segments: Path, size: int) -> list[Photograph
             if isinstance(rle, list):
                 rle = mask_utils.merge(mask_utils.frPyObjects(rle, record["height"], record["width"]))
             mask = cv2.resize(mask_utils.decode(rle), (width, height), interpolation=cv2.INTER_AREA)
-            if mask.mean() >= 0.003:
+            if mask.any():
                 masks.append(mask)
         if masks:
             photographs.append(Photograph(np.ascontiguousarray(image), np.stack(masks)))
@@ -131,7 +139,9 @@ def _dihedral(rng: np.random.Generator, image: np.ndarray, label: np.ndarray) ->
     return np.ascontiguousarray(image), np.ascontiguousarray(label)
 
 
-def _sample_photograph(rng: np.random.Generator, photographs: list[Photograph], size: int, pad: int) -> Sample:
+def _sample_photograph(
+    rng: np.random.Generator, photographs: list[Photograph], size: int, pad: int, min_area: float
+) -> Sample:
     """A random crop (or the whole photograph), letterboxed at the top left as SAM does; `pad` fills the rest."""
     photo = photographs[int(rng.integers(len(photographs)))]
     height, width = photo.image.shape[:2]
@@ -151,13 +161,33 @@ def _sample_photograph(rng: np.random.Generator, photographs: list[Photograph], 
     image[: target[1], : target[0]] = crop(np.ascontiguousarray(photo.image), shrink)
     masks = []
     for segment in photo.segments:
+        if segment.mean() < min_area:
+            continue
         mask = np.zeros((size, size), np.uint8)
         mask[: target[1], : target[0]] = crop(segment, cv2.INTER_NEAREST)
-        if mask.mean() >= 0.003:
+        if mask.any() and mask.mean() >= min_area:
             masks.append(mask)
     gain, offset = rng.uniform(0.7, 1.3, 3), rng.uniform(-25, 25)
     inside = image[: target[1], : target[0]]
     inside[:] = np.clip(inside * gain + offset, 0, 255).astype(np.uint8)
+    return image, masks
+
+
+def _mosaic(samples: list[Sample], size: int) -> Sample:
+    """Four images at half the size, one in each quarter."""
+    half = size // 2
+    image = np.empty((size, size, 3), np.uint8)
+    masks = []
+    for quarter, (part, part_masks) in enumerate(samples):
+        rows = slice(half * (quarter // 2), half * (quarter // 2) + half)
+        cols = slice(half * (quarter % 2), half * (quarter % 2) + half)
+        image[rows, cols] = cv2.resize(part, (half, half), interpolation=cv2.INTER_AREA)
+        for part_mask in part_masks:
+            small = cv2.resize(255 * part_mask, (half, half), interpolation=cv2.INTER_AREA) > 127
+            if small.any():
+                mask = np.zeros((size, size), np.uint8)
+                mask[rows, cols] = small
+                masks.append(mask)
     return image, masks
 
 
@@ -174,6 +204,7 @@ def make_batch(
     seed: int,
     config: SamConfig,
     settings: BatchSettings,
+    mixture: Mixture,
     pool: ScenePool,
     photographs: list[Photograph],
 ) -> Batch:
@@ -187,11 +218,17 @@ def make_batch(
     points = np.zeros((b, p, 2), np.float32)
     weight = np.zeros((b, p), np.float32)
     pad = int(round(float(np.mean(config.pixel_mean))))
+
+    def sample() -> Sample:
+        if photographs and rng.random() < mixture.photo_share:
+            return _sample_photograph(rng, photographs, size, pad, mixture.min_photo_area)
+        return _sample_scene(rng, pool)
+
     for i in range(b):
-        if photographs and rng.random() < settings.photo_share:
-            images[i], candidates = _sample_photograph(rng, photographs, size, pad)
+        if mixture.mosaic_share and rng.random() < mixture.mosaic_share:
+            images[i], candidates = _mosaic([sample() for _ in range(4)], size)
         else:
-            images[i], candidates = _sample_scene(rng, pool)
+            images[i], candidates = sample()
         for j, k in enumerate(rng.permutation(len(candidates))[:p]):
             mask = candidates[k]
             ys, xs = np.nonzero(mask)

@@ -39,11 +39,17 @@ class Options:
                 raise ValueError(f"--{images} and --{annotations} belong together; give both or neither.")
         if self.method not in ("fp", *METHODS):
             raise ValueError(f"--method={self.method} is unknown; choose one of fp, {', '.join(METHODS)}.")
-        for name, least in (("num_calib", 1), ("num_scenes", 1), ("limit", 0)):
+        for name, least in (("num_calib", 1), ("num_scenes", 1), ("limit", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least {least}.")
+        for name in ("checkpoint", "boxes", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is empty; leave it out for {getattr(type(self), name)!r}.")
         if self.boxes != "gt" and not self.images:
-            raise ValueError("--boxes names a detector's results, which need the --images they were made for.")
+            raise ValueError(
+                f"--boxes={self.boxes} names a detector's results, which need the --images and --annotations that "
+                "they were made for; give those, or --boxes=gt."
+            )
         if self.method != "fp":
             self.quant_config()  # raises on bad bits or switches
 

@@ -1,14 +1,19 @@
 """What the report shows of a quantized model's layers: activations against the codes that stand for them."""
 
+import re
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ahcptq_jax.quantize import prepare
 from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.quantizers import Grouped, Hybrid, Uniform
-from ahcptq_jax.sites import intercept_sites
+from ahcptq_jax.sites import below, intercept_sites
 from experiments.report import GroupPanel, HybridPanel
-from sam_flax.sam import SamModel
+from sam_flax.image_encoder import Block, Neck, PatchEmbed
+from sam_flax.sam import Params, SamModel, apply_embed, apply_stage, call, encoder_stages
 
 HISTOGRAM_BINS = 120
 
@@ -20,9 +25,14 @@ def layer_panels(
     images: int = 4,
     per_kind: int = 2,
 ) -> list[HybridPanel | GroupPanel]:
-    """Panels of the first and the last encoder layer with HLUQ and with CAG.
+    """Panels of encoder layers with HLUQ and with CAG, from the first to the last.
 
-    Activations are the floating-point model's on the first calibration images.
+    Args:
+        quantized: the model whose codes are shown.
+        model: the floating-point model, whose activations are shown.
+        calib: calibration images with boxes, as for `quantize`.
+        images: how many of them to run.
+        per_kind: panels of each kind.
     """
     chosen = _spread(quantized, Hybrid, per_kind) + _spread(quantized, Grouped, per_kind)
     if not chosen:
@@ -31,14 +41,13 @@ def layer_panels(
     panels: list[HybridPanel | GroupPanel] = []
     for path in chosen:
         quantizer, x = quantized.activations[path], samples[path]
-        codes = jnp.arange(2**quantizer.bits)
         if isinstance(quantizer, Hybrid):
             counts, edges = np.histogram(x, bins=HISTOGRAM_BINS)
+            codes = np.asarray(quantizer.decode(jnp.arange(2**quantizer.bits)))
             border = float(np.asarray(quantizer.minimum) + np.asarray(quantizer.scale_log))
-            panels.append(HybridPanel(path, counts, edges, np.unique(quantizer.decode(codes)), border))
+            panels.append(HybridPanel(path, counts, edges, np.unique(codes), border))
         elif isinstance(quantizer, Grouped):
-            rows = x.reshape(-1, x.shape[-1])
-            low, high = rows.min(0), rows.max(0)
+            low, high = x.min(0), x.max(0)
             own = Uniform.from_range(low, high, quantizer.bits)
             scale, zero = np.asarray(quantizer.scale), np.asarray(quantizer.zero_point)
             panels.append(
@@ -59,9 +68,13 @@ def layer_panels(
 def _spread(quantized: Quantized, kind: type, count: int) -> list[str]:
     """`count` encoder sites of a kind, evenly from first to last."""
     paths = sorted(
-        path
-        for path, quantizer in quantized.activations.items()
-        if isinstance(quantizer, kind) and path.startswith("image_encoder/") and path.endswith("/input")
+        (
+            path
+            for path, quantizer in quantized.activations.items()
+            if isinstance(quantizer, kind) and path.startswith("image_encoder/")
+        ),
+        # Block 10 comes after block 9, not after block 1.
+        key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)],
     )
     picks = np.unique(np.linspace(0, len(paths) - 1, count).round().astype(int)) if paths else []
     return [paths[i] for i in picks]
@@ -71,16 +84,36 @@ def _activations(
     model: SamModel, quantized: Quantized, calib: list[tuple[np.ndarray, np.ndarray]], paths: list[str]
 ) -> dict[str, np.ndarray]:
     """Values (rows, channels) seen at encoder sites."""
+    config, encoder = model.config, model.params["image_encoder"]
+    embed = PatchEmbed(config.patch_size, config.embed_dim, parent=None)
+    wanted = {path: path for path in paths}
     collected: dict[str, list[np.ndarray]] = {path: [] for path in paths}
-
-    def collect(path: str, value):
-        if path in collected:
-            collected[path].append(np.asarray(value).reshape(-1, value.shape[-1]))
-        return value
-
     rng = np.random.default_rng(0)
     for index, item in enumerate(calib):
         canvas = prepare(index, item, model.sam, quantized.quant_config, rng).canvas
-        with intercept_sites(collect):
-            model.sam.apply({"params": model.params}, jnp.asarray(canvas[None]), method="encode_image")
+        x = apply_embed(embed, {k: encoder[k] for k in ("patch_embed", "pos_embed")}, jnp.asarray(canvas[None]))
+        for key, module in encoder_stages(config):
+            here = below(f"image_encoder/{key}/", wanted)
+            if not here:
+                x = apply_stage(module, encoder[key], x)
+                continue
+            x, seen = _observe(module, encoder[key], x, tuple(here))
+            for path, value in seen.items():
+                collected[here[path]].append(np.asarray(value).reshape(-1, value.shape[-1]))
     return {path: np.concatenate(values) for path, values in collected.items()}
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _observe(
+    module: Block | Neck, params: Params, x: jax.Array, paths: tuple[str, ...]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One stage's output, and the values at its sites `paths`."""
+    seen: dict[str, jax.Array] = {}
+
+    def collect(path: str, value: jax.Array) -> jax.Array:
+        if path in paths:
+            seen[path] = value
+        return value
+
+    with intercept_sites(collect):
+        return call(module, params, x), seen

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ import optax
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments.mini_data import BatchSettings, Photograph, load_photographs, make_batch, prefetch, scene_pool
+from experiments.mini_data import BatchSettings, Mixture, Photograph, load_photographs, make_batch, prefetch, scene_pool
 from experiments.mini_loss import Batch, LossWeights, auxiliary_head, joint_loss, normalise, pretrain_loss
 from experiments.scenes import EVAL_SEED, make_scene
 from sam_flax.checkpoint import save_params
@@ -36,6 +36,13 @@ from sam_flax.sam import Params, Sam, call
 # Validation scenes of the curve; kept apart from the first EVAL_SEED scenes, which the product is judged on.
 CURVE_SCENES_START = 100_000
 CURVE_SCENES = 48
+# Step of the joint phase -> what images it sees from there on. Scenes teach to look; photographs come in small doses,
+# since a hundred of them are soon known by heart.
+MIXTURES = (
+    (0, Mixture(photo_share=0.2)),
+    (2400, Mixture(photo_share=0.4, mosaic_share=0.2, min_photo_area=0.0004)),
+    (4100, Mixture(photo_share=0.12, mosaic_share=0.1, min_photo_area=0.0004)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Schedule:
 
     pretrain_steps: int = 700
     warm_steps: int = 200
-    joint_steps: int = 8000
+    joint_steps: int = 9600
     encoder_rate: float = 6e-4
     decoder_rate: float = 9e-4
     pretrain_rate: float = 1e-3
@@ -122,7 +129,7 @@ def cosine_patches(rng: np.random.Generator, config: SamConfig) -> np.ndarray:
     k = np.arange(p)
     basis = np.cos(np.pi * (k[None, :] + 0.5) * k[:, None] / p)  # [frequency, pixel]
     basis /= np.linalg.norm(basis, axis=1, keepdims=True)
-    order = sorted(((i + j, i, j) for i in range(p) for j in range(p)))
+    order = sorted((i + j, i, j) for i in range(p) for j in range(p))
     waves = [np.outer(basis[i], basis[j]) for _, i, j in order][: -(-d // 3)]
     filters = np.stack([wave[:, :, None] * np.eye(3)[colour] for wave in waves for colour in range(3)])[:d]
     rotation, _ = np.linalg.qr(rng.normal(size=(len(filters), d)).T)
@@ -264,6 +271,7 @@ def train(
     config: SamConfig,
     schedule: Schedule,
     settings: BatchSettings,
+    mixtures: Sequence[tuple[int, Mixture]],
     seed: int,
     scenes: int,
     cache: Path,
@@ -276,7 +284,8 @@ def train(
     sam = Sam(config)
     # The length of the last phase may change on resuming: it shapes the remaining steps only.
     past = {k: v for k, v in dataclasses.asdict(schedule).items() if k != "joint_steps"}
-    fingerprint = json.dumps([config.to_dict(), past, dataclasses.asdict(settings), seed])
+    images = [(start, dataclasses.asdict(mixture)) for start, mixture in mixtures]
+    fingerprint = json.dumps([config.to_dict(), past, dataclasses.asdict(settings), images, seed])
     params = init_params(sam, seed)
     state = TrainState(
         jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), make_optimizer(schedule).init(params)
@@ -285,11 +294,10 @@ def train(
     if state_path.exists():
         state = load_state(state_path, state, fingerprint)
     pool = scene_pool(cache, scenes, config.img_size)
-    scenes_only = dataclasses.replace(settings, photo_share=0.0)
 
     def make(step: int) -> Batch:
-        chosen = settings if schedule.phase(step) == "joint" else scenes_only
-        return make_batch(step, seed, config, chosen, pool, photographs)
+        begun = [mixture for start, mixture in mixtures if step >= schedule.joint_start + start]
+        return make_batch(step, seed, config, settings, begun[-1] if begun else Mixture(), pool, photographs)
 
     evaluate = make_curve_eval(sam)
     steps: dict[str, Callable] = {}
@@ -339,8 +347,13 @@ def main(argv: list[str]) -> None:
     train(
         Path(FLAGS.out),
         MINI,
-        Schedule(pretrain_steps=FLAGS.pretrain_steps, warm_steps=FLAGS.warm_steps, joint_steps=FLAGS.joint_steps),
-        BatchSettings(photo_share=FLAGS.photo_share if photographs else 0.0),
+        Schedule(
+            pretrain_steps=FLAGS.pretrain_steps,
+            warm_steps=FLAGS.warm_steps,
+            joint_steps=FLAGS.joint_steps,
+        ),
+        BatchSettings(),
+        MIXTURES,
         FLAGS.seed,
         FLAGS.scenes,
         Path(FLAGS.cache or Path(FLAGS.out) / "cache"),
@@ -355,8 +368,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("scenes", 16000, "Generated training scenes.")
     flags.DEFINE_integer("pretrain_steps", 700, "Steps of dense encoder training.")
     flags.DEFINE_integer("warm_steps", 200, "Steps of the decoder on frozen features.")
-    flags.DEFINE_integer("joint_steps", 8000, "Steps of joint training.")
-    flags.DEFINE_string("photo_images", "", "Optional COCO image folder mixed into the batches.")
+    flags.DEFINE_integer("joint_steps", 9600, "Steps of joint training.")
+    flags.DEFINE_string("photo_images", "", "Optional COCO image folder mixed into the batches, see MIXTURES.")
     flags.DEFINE_string("photo_segments", "", "Its annotation JSON (instances or panoptic-style segments).")
-    flags.DEFINE_float("photo_share", 0.2, "Share of photographs in a batch where --photo_images is given.")
     app.run(main)

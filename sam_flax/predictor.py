@@ -87,7 +87,7 @@ class SamPredictor:
 
     def get_image_embedding(self) -> np.ndarray:
         """The embedding of the current image in segment_anything's layout, (1, C, g, g)."""
-        return np.asarray(self._features()).transpose(0, 3, 1, 2)
+        return np.array(self._features()).transpose(0, 3, 1, 2)
 
     def predict(
         self,
@@ -117,16 +117,18 @@ class SamPredictor:
         """
         self._features()
         size = self.model.config.mask_size
-        if box is not None and np.shape(box) == (1, 4):  # segment_anything takes it too
-            box = np.asarray(box)[0]
+        if box is not None:
+            box = _numbers("box", box)
+            box = box[0] if box.shape == (1, 4) else box  # segment_anything takes it too
 
         def one(name: str, array: np.ndarray | None, shape: tuple[int | None, ...]) -> np.ndarray | None:
             return None if array is None else _check(name, array, shape)[None]
 
+        coords = one("point_coords", point_coords, (None, 2))
         masks, iou, low_res = self.predict_batch(
             boxes=one("box", box, (4,)),
-            point_coords=one("point_coords", point_coords, (None, 2)),
-            point_labels=one("point_labels", point_labels, (None,)),
+            point_coords=coords,
+            point_labels=one("point_labels", point_labels, (None if coords is None else coords.shape[1],)),
             mask_input=one("mask_input", mask_input, (1, size, size)),
             multimask_output=multimask_output,
             return_logits=return_logits,
@@ -207,14 +209,14 @@ class SamPredictor:
             )
 
         low_res, iou = self.model.decode(features, points, box_array, mask_array, multimask_output)
-        low = np.asarray(low_res)
+        low = np.array(low_res)  # copies: NumPy views of JAX arrays are read-only
         dtype = np.float32 if return_logits else np.bool_
         masks = np.empty((*low.shape[:2], *self.original_size), dtype)
         # One prompt at a time: all logits of a large image at once would be gigabytes.
         for out, logits in zip(masks, low, strict=True):
             full = preprocessing.postprocess_masks(logits, self.input_size, self.original_size, config.img_size)
             out[...] = full if return_logits else full > config.mask_threshold
-        return masks, np.asarray(iou), low
+        return masks, np.array(iou), low
 
     def _features(self) -> jax.Array:
         if self.features is None:
@@ -224,17 +226,24 @@ class SamPredictor:
 
 def _check(name: str, array: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:
     """The array if its shape fits (None: any size but zero) and it holds finite numbers."""
-    try:
-        array = np.asarray(array)
-        values = array.astype(np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is not an array of numbers; give a NumPy array.") from None
+    array = _numbers(name, array)
     fits = array.ndim == len(shape) and all(m > 0 and n in (None, m) for n, m in zip(shape, array.shape, strict=True))
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(
             f"{name} has shape {array.shape} but must be ({wanted}{',' * (len(shape) == 1)}), none of them 0."
         )
-    if not np.isfinite(values).all():
+    if not np.isfinite(array).all():
         raise ValueError(f"{name} contains NaN or infinity; remove those prompts.")
+    return array
+
+
+def _numbers(name: str, array: np.ndarray) -> np.ndarray:
+    """The argument as an array of real numbers."""
+    try:
+        array = np.asarray(array)
+    except ValueError:  # rows of different lengths
+        array = np.array(None)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{name} is not an array of numbers; give a NumPy array of int or float.")
     return array

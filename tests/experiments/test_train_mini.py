@@ -26,6 +26,8 @@ TINY = SamConfig(
     iou_head_hidden_dim=32,
 )
 SETTINGS = mini_data.BatchSettings(batch=2, prompts=3)
+SCENES = mini_data.Mixture()
+MIXTURES = ((0, SCENES), (1, mini_data.Mixture(mosaic_share=0.5)))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> mini_data.ScenePool:
 
 @pytest.fixture(scope="module")
 def batch(pool: mini_data.ScenePool) -> mini_loss.Batch:
-    return mini_data.make_batch(0, 0, TINY, SETTINGS, pool, [])
+    return mini_data.make_batch(0, 0, TINY, SETTINGS, SCENES, pool, [])
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,8 @@ def test_pool_holds_the_scenes(pool: mini_data.ScenePool) -> None:
 
 
 def test_batches_depend_on_seed_and_step_alone(pool: mini_data.ScenePool, batch: mini_loss.Batch) -> None:
-    again = mini_data.make_batch(0, 0, TINY, SETTINGS, pool, [])
-    other = mini_data.make_batch(1, 0, TINY, SETTINGS, pool, [])
+    again = mini_data.make_batch(0, 0, TINY, SETTINGS, SCENES, pool, [])
+    other = mini_data.make_batch(1, 0, TINY, SETTINGS, SCENES, pool, [])
     for a, b in zip(batch, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert any(not np.array_equal(a, b) for a, b in zip(batch, other, strict=True))
@@ -73,13 +75,21 @@ def test_photographs_are_letterboxed_and_cropped(pool: mini_data.ScenePool) -> N
     image = np.zeros((90, 120, 3), np.uint8)
     image[20:60, 30:80] = 200
     segment = (image[..., 0] > 0).astype(np.uint8)[None]
-    settings = mini_data.BatchSettings(batch=8, prompts=1, photo_share=1.0)
-    made = mini_data.make_batch(0, 0, TINY, settings, pool, [mini_data.Photograph(image, segment)])
+    settings = mini_data.BatchSettings(batch=8, prompts=1)
+    photographs = mini_data.Mixture(photo_share=1.0)
+    made = mini_data.make_batch(0, 0, TINY, settings, photographs, pool, [mini_data.Photograph(image, segment)])
     bright = made.images.mean(-1) > 110
     for i in np.flatnonzero(made.weight[:, 0]):
         mask = np.kron(made.masks[i, 0] > 127, np.ones((2, 2), bool))
         padding = (made.images[i] == 116).all(-1)
         assert (bright[i] & ~padding & mask).sum() >= 0.8 * mask.sum(), "image and mask were cut alike"
+
+
+def test_mosaics_hold_small_objects(pool: mini_data.ScenePool) -> None:
+    settings = mini_data.BatchSettings(batch=4, prompts=3, exact_box_share=1.0)
+    made = mini_data.make_batch(0, 0, TINY, settings, mini_data.Mixture(mosaic_share=1.0), pool, [])
+    shown = made.boxes[made.weight > 0]
+    assert len(shown) and (shown[:, 2:] - shown[:, :2]).max() <= TINY.img_size // 2
 
 
 def test_perfect_logits_have_no_loss(batch: mini_loss.Batch) -> None:
@@ -114,7 +124,7 @@ def test_frozen_encoder_gets_no_gradient(params: dict, batch: mini_loss.Batch) -
 
 def _train(out: Path, pool_dir: Path, **kwargs) -> dict:
     schedule = train_mini.Schedule(pretrain_steps=2, warm_steps=1, joint_steps=3)
-    return train_mini.train(out, TINY, schedule, SETTINGS, 0, 6, pool_dir, [], eval_every=100, **kwargs)
+    return train_mini.train(out, TINY, schedule, SETTINGS, MIXTURES, 0, 6, pool_dir, [], eval_every=100, **kwargs)
 
 
 def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

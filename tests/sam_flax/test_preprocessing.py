@@ -141,8 +141,8 @@ def test_interpolation_rows_are_averages(new, old):
 
 def test_golden_postprocess(sam_tiny_io):
     io = sam_tiny_io
-    input_size, original = (tuple(map(int, io[f"postproc_{n}_size"])) for n in ("input", "original"))
-    got = postprocess_masks(io["box1_single_low_res_masks"], input_size, original, 128)
+    (in_h, in_w), (h, w) = (map(int, io[f"postproc_{n}_size"]) for n in ("input", "original"))
+    got = postprocess_masks(io["box1_single_low_res_masks"], (in_h, in_w), (h, w), 128)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, io["postproc_box1_single"], rtol=0, atol=1e-4)
 
@@ -150,7 +150,7 @@ def test_golden_postprocess(sam_tiny_io):
 @pytest.mark.parametrize("original", [(37, 83), (301, 200), (1, 700), (700, 1), (1, 1)])
 def test_postprocess_equals_two_resizes(original):
     low = np.random.default_rng(1).normal(size=(2, 3, 80, 80)).astype(np.float32)
-    inside = preprocess_shape(*original, MINI.img_size)
+    inside = preprocess_shape(original[0], original[1], MINI.img_size)
     canvas = interpolation_matrix(160, 80) @ low @ interpolation_matrix(160, 80).T
     cut = canvas[..., : inside[0], : inside[1]]
     want = interpolation_matrix(original[0], inside[0]) @ cut @ interpolation_matrix(original[1], inside[1]).T
@@ -169,7 +169,7 @@ def test_apply_coords_scales_each_axis_by_the_rounded_size():
     # 427x640 becomes 683x1024: the vertical scale is 683/427, not 1.6.
     got = apply_coords(np.array([[640, 427], [0, 0], [1, 1]]), (427, 640), 1024)
     assert got.dtype == np.float32
-    np.testing.assert_allclose(got, [[1024, 683], [0, 0], [1.6, 683 / 427]], rtol=1e-6)
+    np.testing.assert_allclose(got, np.array([[1024, 683], [0, 0], [1.6, 683 / 427]]), rtol=1e-6)
 
 
 def test_apply_boxes_moves_both_corners_and_keeps_the_input():

@@ -1,0 +1,181 @@
+"""The recipe against METHOD 5: what every tensor of real models gets, and that no rule is idle."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ahcptq_jax import METHODS, QuantConfig
+from ahcptq_jax.recipe import BIMODAL_ATTENTION, RULES, site_kind, weight_path
+from ahcptq_jax.sites import flatten, intercept_sites
+from sam_flax.config import CONFIGS, SamConfig
+from sam_flax.sam import Sam
+
+ENCODER_BLOCK = {
+    "attn/qkv/input": "grouped",
+    "attn/q": "uniform",
+    "attn/k": "uniform",
+    "attn/v": "uniform",
+    "attn/softmax": "log2",
+    "attn/proj/input": "uniform",
+    "mlp/lin1/input": "grouped",
+    "mlp/lin2/input": "hybrid",
+}
+NECK = {"conv1/input": "uniform", "conv2/input": "uniform"}
+DECODER_ATTENTION = {
+    "q_proj/input": "grouped",
+    "k_proj/input": "grouped",
+    "v_proj/input": "grouped",
+    "q": "uniform",
+    "k": "uniform",
+    "v": "uniform",
+    "softmax": "log2",
+    "out_proj/input": "uniform",
+}
+DECODER_MLP = {"lin1/input": "grouped", "lin2/input": "hybrid"}
+
+
+def expected_kinds(config: SamConfig) -> dict[str, str]:
+    """METHOD 5 written out for a model, site by site."""
+    places = [(f"image_encoder/blocks_{i}", ENCODER_BLOCK) for i in range(config.depth)]
+    places.append(("image_encoder/neck", NECK))
+    transformer = "mask_decoder/transformer"
+    for i in range(config.decoder_depth):
+        for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token"):
+            places.append((f"{transformer}/layers_{i}/{name}", DECODER_ATTENTION))
+        places.append((f"{transformer}/layers_{i}/mlp", DECODER_MLP))
+    places.append((f"{transformer}/final_attn_token_to_image", DECODER_ATTENTION))
+    return {f"{place}/{site}": kind for place, kinds in places for site, kind in kinds.items()}
+
+
+def sites_of(config: SamConfig) -> list[str]:
+    """Paths of all sites of a model, by abstract evaluation."""
+    sam, paths = Sam(config), []
+
+    def note(path, value):
+        paths.append(path)
+        return value
+
+    with intercept_sites(note):
+        size = config.img_size
+        jax.eval_shape(sam.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), None, jnp.zeros((1, 4)))
+    return paths
+
+
+@pytest.fixture(scope="module", params=["mini", "vit_b"])
+def model(request):
+    config = CONFIGS[request.param]
+    # Four blocks have every kind of site; the other eight would only cost time.
+    config = dataclasses.replace(config, depth=4, global_attn_indexes=(1, 3))
+    return config, sites_of(config)
+
+
+def test_every_site_gets_the_kind_of_the_method_and_nothing_else_is_quantized(model):
+    config, sites = model
+    found = {site: kind for site in sites if (kind := site_kind(site, QuantConfig())) is not None}
+    assert found == expected_kinds(config)
+    left = {site for site in sites if site not in found}
+    # Attention's operands are no tensors of their own; the rest stays in floating point.
+    patterns = (r".*/operands", r"mask_decoder/(output_hypernetworks_mlps_\d|iou_prediction_head)/layers_\d/input")
+    assert all(any(re.fullmatch(pattern, site) for pattern in patterns) for site in left), left
+    assert any("hypernetworks" in site for site in left) and any("iou_prediction_head" in site for site in left)
+
+
+def test_every_rule_matches_a_site(model):
+    _, sites = model
+    idle = [pattern for pattern, _ in RULES if not any(re.fullmatch(pattern, site) for site in sites)]
+    assert not idle
+
+
+def test_no_site_is_claimed_by_two_rules(model):
+    _, sites = model
+    for site in sites:
+        assert sum(re.fullmatch(pattern, site) is not None for pattern, _ in RULES) <= 1, site
+
+
+def test_input_sites_name_the_layer_whose_weight_is_quantized(model):
+    config, sites = model
+    weights = {path for site in expected_kinds(config) if (path := weight_path(site)) is not None}
+    kernels = {path.removesuffix("/kernel") for path in _kernels(config)}
+    assert weights <= kernels
+    kept = kernels - weights
+    assert all(
+        re.match(r"image_encoder/patch_embed|prompt_encoder|mask_decoder/(output_|iou_prediction_head)", path)
+        for path in kept
+    ), kept
+    assert weight_path("image_encoder/blocks_0/attn/q") is None
+
+
+def _kernels(config: SamConfig) -> list[str]:
+    sam = Sam(config)
+    shapes = jax.eval_shape(sam.init_params, jax.random.key(0))
+    return [path for path in flatten(shapes) if path.endswith("/kernel")]
+
+
+def test_big_looks_at_the_attentions_from_tokens_to_the_image(model):
+    config, sites = model
+    keys = {site.removesuffix("/k") for site in sites if site.endswith("/k")}
+    found = {path for path in keys if re.fullmatch(BIMODAL_ATTENTION, path)}
+    transformer = "mask_decoder/transformer"
+    layers = {f"{transformer}/layers_{i}/cross_attn_token_to_image" for i in range(config.decoder_depth)}
+    assert found == layers | {f"{transformer}/final_attn_token_to_image"}
+
+
+@pytest.mark.parametrize(
+    ("switches", "replaced"),
+    [
+        ({}, ()),
+        ({"hluq": False}, ("hybrid",)),
+        ({"cag": False}, ("grouped",)),
+        ({"agq": False}, ("log2",)),
+        ({"big": False}, ()),
+        (METHODS["ahcptq"], ()),
+        (METHODS["ptq4sam_s"], ("hybrid", "grouped")),
+        (METHODS["minmax"], ("hybrid", "grouped", "log2")),
+    ],
+)
+def test_a_switch_turns_its_kind_into_uniform(switches, replaced):
+    config = QuantConfig(**switches)
+    for site, kind in expected_kinds(CONFIGS["mini"]).items():
+        assert site_kind(site, config) == ("uniform" if kind in replaced else kind), site
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "image_encoder/blocks_0/attn/operands",
+        "image_encoder/patch_embed/proj/input",
+        "prompt_encoder/mask_downscaling/conv1/input",
+        "mask_decoder/output_upscaling/conv1/input",
+        "prefix/image_encoder/blocks_0/attn/q",
+        "image_encoder/blocks_0/attn/q/more",
+    ],
+)
+def test_other_paths_stay_in_floating_point(path):
+    assert site_kind(path, QuantConfig()) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"w_bits": 9}, "w_bits=9 must be a width from 2 to 8"),
+        ({"w_bits": 1}, "w_bits=1 must be a width from 2 to 8"),
+        ({"a_bits": 1}, "a_bits=1 must be a width from 2 to 8"),
+        ({"a_bits": 9}, "a_bits=9 must be a width from 2 to 8"),
+        ({"a_bits": 4.0}, "a_bits=4.0 must be a whole number"),
+        ({"w_bits": True}, "w_bits=True must be a whole number"),
+        ({"hluq": "no"}, "hluq='no' must be True or False"),
+        ({"groups": -1}, "groups=-1 must be 0"),
+        ({"group_metric": "cosine"}, "group_metric='cosine' must be 'paper' or 'normalized'"),
+        ({"softmax_rows": -1}, "softmax_rows=-1"),
+        ({"prompts_per_image": 0}, "prompts_per_image=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be a number from 0"),
+        ({"seed": 2**40}, "must be a number from 0 to 2147483646"),
+    ],
+)
+def test_a_bad_configuration_gets_one_sentence(values, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        QuantConfig(**values)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")

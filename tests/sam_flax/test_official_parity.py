@@ -1,0 +1,317 @@
+"""The official PyTorch models, randomly initialised and saved, against ours loaded from their files.
+
+Needs the `parity` extra: torch with segment-anything-py, and transformers for its own port.
+"""
+
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam_flax import Sam, SamModel, SamPredictor, load_sam
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed; it comes with the extra [parity]")
+
+TOLERANCE = 1e-4  # of the largest value; 1e-3 is promised, float32 leaves 1e-6 to 1e-5
+
+
+def relative_error(got: Any, want: Any) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def numpy(tensor: Any) -> np.ndarray:
+    return tensor.detach().numpy()
+
+
+def randomize(model: Any, seed: int) -> Any:
+    """Seeded weights with which every part of the graph matters, relative positions above all."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: Any, std: float, mean: float = 0.0) -> Any:
+        return mean + std * torch.randn(shape, generator=generator)
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name or (p.ndim == 1 and name.split(".")[-2].isdigit() and "weight" in name):
+                p.copy_(normal(p.shape, 0.2, mean=float(name.endswith("weight"))))
+            elif "rel_pos" in name:
+                p.copy_(normal(p.shape, 0.2))
+            elif p.ndim == 1:
+                p.copy_(normal(p.shape, 0.1))
+            elif "embed" in name or "token" in name.split(".")[-2]:
+                p.copy_(normal(p.shape, 0.5))
+            else:
+                # Fan-in of a linear or convolution; a transposed one has (in, out, 2, 2) and no overlap.
+                fan_in = p.shape[0] if "upscal" in name or "upscale" in name else p[0].numel()
+                p.copy_(normal(p.shape, 1.2 / fan_in**0.5))
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------- segment_anything
+
+
+@pytest.fixture(scope="module")
+def segment_anything() -> Iterator[Any]:
+    """The official package; torchvision, of which it uses one function on pictures, may be absent."""
+    if importlib.util.find_spec("segment_anything") is None:
+        pytest.skip("segment_anything is not installed; it comes with the extra [parity]")
+    stubs: dict[str, types.ModuleType] = {}
+    if importlib.util.find_spec("torchvision") is None:
+        names = ("", ".transforms", ".transforms.functional", ".ops", ".ops.boxes")
+        stubs = {f"torchvision{name}": types.ModuleType(f"torchvision{name}") for name in names}
+        functional: Any = stubs["torchvision.transforms.functional"]
+        functional.to_pil_image = Image.fromarray
+        functional.resize = lambda image, size: image.resize(size[::-1], Image.Resampling.BILINEAR)
+        boxes: Any = stubs["torchvision.ops.boxes"]
+        boxes.batched_nms = boxes.box_area = None  # for the automatic mask generator, not used here
+    sys.modules.update(stubs)
+    try:
+        import segment_anything
+    finally:
+        for name in stubs:  # others ask whether torchvision exists
+            del sys.modules[name]
+    yield segment_anything
+
+
+def official_sam(package: Any, img_size: int, depth: int, global_blocks: tuple[int, ...]) -> Any:
+    """SAM-B (build_sam.py) but for its depth and canvas."""
+    from functools import partial
+
+    modeling, grid = package.modeling, img_size // 16
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    encoder = modeling.ImageEncoderViT(
+        img_size=img_size,
+        depth=depth,
+        embed_dim=768,
+        num_heads=12,
+        mlp_ratio=4,
+        norm_layer=norm,
+        qkv_bias=True,
+        use_rel_pos=True,
+        global_attn_indexes=global_blocks,
+        window_size=14,
+        out_chans=256,
+        patch_size=16,
+    )
+    prompts = modeling.PromptEncoder(256, (grid, grid), (img_size, img_size), mask_in_chans=16)
+    transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
+    decoder = modeling.MaskDecoder(
+        transformer_dim=256,
+        transformer=transformer,
+        num_multimask_outputs=3,
+        iou_head_depth=3,
+        iou_head_hidden_dim=256,
+    )
+    mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    return randomize(modeling.Sam(encoder, prompts, decoder, mean, std), seed=img_size)
+
+
+def save_and_load(model: Any, path: Path) -> tuple[Sam, Any]:
+    torch.save(model.state_dict(), path)
+    return load_sam(path)
+
+
+def check_embedding(official: Any, sam: Sam, params: Any) -> tuple[float, Any]:
+    """Relative error of the embedding of a random canvas, and that embedding, official layout."""
+    size = sam.config.img_size
+    images = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
+    with torch.no_grad():
+        want = official.image_encoder(torch.from_numpy(images))
+    assert want.std(dim=(2, 3)).min() > 1e-3  # no flat channel, which would hide errors
+    got = SamModel(sam, params).encode_image(jnp.asarray(images.transpose(0, 2, 3, 1)))
+    return relative_error(got, numpy(want).transpose(0, 2, 3, 1)), want
+
+
+PROMPTS: dict[str, dict[str, Any]] = {
+    "box": {"boxes": [[20, 30, 150, 200], [100, 5, 250, 90]]},
+    "points": {"points": ([[[40, 60], [100.5, 20]], [[200, 9], [3, 250]]], [[1, 0], [1, -1]])},
+    "mask": {"masks": 2},
+    "box_points_mask": {"boxes": [[20, 30, 150, 200]], "points": ([[[40, 60]]], [[1]]), "masks": 1},
+}
+
+
+def prompts_for(case: str, mask_size: int) -> dict[str, Any]:
+    """boxes (N, 4), points ((N, P, 2), (N, P)) and masks (N, 1, 4g, 4g) as NumPy."""
+    prompts: dict[str, Any] = {}
+    for name, value in PROMPTS[case].items():
+        if name == "points":
+            prompts[name] = (np.array(value[0], np.float32), np.array(value[1], np.int32))
+        elif name == "boxes":
+            prompts[name] = np.array(value, np.float32)
+        else:
+            shape = (value, 1, mask_size, mask_size)
+            prompts[name] = np.random.default_rng(1).normal(0, 5, shape).astype(np.float32)
+    return prompts
+
+
+def decode_ours(sam: Sam, params: Any, embedding: Any, prompts: dict[str, Any], multimask: bool) -> Any:
+    ours = dict(prompts)
+    if "masks" in ours:
+        ours["masks"] = ours["masks"].transpose(0, 2, 3, 1)
+    features = jnp.asarray(numpy(embedding).transpose(0, 2, 3, 1))
+    return SamModel(sam, params).decode(features, **ours, multimask_output=multimask)
+
+
+@pytest.fixture(scope="module")
+def vit_b(segment_anything, tmp_path_factory) -> tuple[Any, Sam, Any]:
+    """20x20 tokens: windows of 14 are padded to 28, and two blocks are windowed, one global."""
+    official = official_sam(segment_anything, img_size=320, depth=3, global_blocks=(1,))
+    sam, params = save_and_load(official, tmp_path_factory.mktemp("sam") / "sam_b.pth")
+    assert (sam.config.window_size, sam.config.global_attn_indexes) == (14, (1,))
+    return official, sam, params
+
+
+@pytest.fixture(scope="module")
+def vit_b_embedding(vit_b) -> tuple[float, Any]:
+    return check_embedding(*vit_b)
+
+
+def test_embedding(vit_b_embedding, record_property):
+    error, _ = vit_b_embedding
+    record_property("relative_error", error)
+    assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_masks(vit_b, vit_b_embedding, record_property, case):
+    official, sam, params = vit_b
+    _, embedding = vit_b_embedding
+    prompts = prompts_for(case, sam.config.mask_size)
+    tensors = {
+        k: tuple(map(torch.from_numpy, v)) if k == "points" else torch.from_numpy(v)
+        for k, v in prompts.items()
+    }
+    for multimask in (True, False):
+        with torch.no_grad():
+            sparse, dense = official.prompt_encoder(
+                tensors.get("points"), tensors.get("boxes"), tensors.get("masks")
+            )
+            pe = official.prompt_encoder.get_dense_pe()
+            want, want_iou = official.mask_decoder(embedding, pe, sparse, dense, multimask_output=multimask)
+        assert (want > 0).any() and (want < 0).any() and want.std(dim=(2, 3)).min() > 0.02 * want.abs().max()
+        got, iou = decode_ours(sam, params, embedding, prompts, multimask)
+        errors = relative_error(got, numpy(want)), relative_error(iou, numpy(want_iou))
+        record_property(f"relative_error_{multimask}", max(errors))
+        assert max(errors) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("height", "width"), [(123, 187), (400, 300)])
+def test_predictor(segment_anything, vit_b, record_property, height, width):
+    """From picture to masks, resizing included."""
+    official, sam, params = vit_b
+    image = np.random.default_rng(2).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    theirs, ours = segment_anything.SamPredictor(official), SamPredictor(sam, params)
+    theirs.set_image(image)
+    ours.set_image(image)
+    embedding_error = relative_error(ours.get_image_embedding(), numpy(theirs.get_image_embedding()))
+    prompts: dict[str, Any] = {
+        "point_coords": np.array([[50, 60], [20.5, 100]]),
+        "point_labels": np.array([1, 0]),
+        "box": np.array([10, 20, 110, 111]),
+    }
+    want = theirs.predict(**prompts, return_logits=True)
+    got = ours.predict(**prompts, return_logits=True)
+    errors = [embedding_error, *(relative_error(a, b) for a, b in zip(got, want, strict=True))]
+    record_property("relative_error", max(errors))
+    assert max(errors) <= TOLERANCE
+    masks, _, low_res = ours.predict(**prompts)
+    their_masks, _, _ = theirs.predict(**prompts)
+    assert masks.dtype == their_masks.dtype and masks.shape == their_masks.shape
+    assert (masks == their_masks).mean() > 0.9999
+    best = low_res[:1]
+    again = ours.predict(**prompts, mask_input=best, multimask_output=False, return_logits=True)
+    their_again = theirs.predict(**prompts, mask_input=best, multimask_output=False, return_logits=True)
+    assert max(relative_error(a, b) for a, b in zip(again, their_again, strict=True)) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_full_canvas(segment_anything, tmp_path, record_property):
+    """1024 pixels: 64x64 tokens padded to 70 for the windows; global attention goes in chunks."""
+    official = official_sam(segment_anything, img_size=1024, depth=2, global_blocks=(1,))
+    sam, params = save_and_load(official, tmp_path / "sam_b.pth")
+    error, embedding = check_embedding(official, sam, params)
+    record_property("relative_error", error)
+    assert error <= TOLERANCE
+    prompts = prompts_for("box_points_mask", sam.config.mask_size)
+    with torch.no_grad():
+        points = tuple(map(torch.from_numpy, prompts["points"]))
+        boxes, masks = (torch.from_numpy(prompts[k]) for k in ("boxes", "masks"))
+        sparse, dense = official.prompt_encoder(points, boxes, masks)
+        pe = official.prompt_encoder.get_dense_pe()
+        want, _ = official.mask_decoder(embedding, pe, sparse, dense, multimask_output=True)
+    got, _ = decode_ours(sam, params, embedding, prompts, True)
+    assert relative_error(got, numpy(want)) <= TOLERANCE
+
+
+# -------------------------------------------------------------------------------------------- transformers
+
+
+def test_hugging_face(tmp_path, record_property):
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed; it comes with the extra [parity]"
+    )
+    size, chans = 128, 32
+    config = transformers.SamConfig(
+        vision_config=transformers.SamVisionConfig(
+            hidden_size=64,
+            output_channels=chans,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=size,
+            patch_size=16,
+            window_size=3,
+            global_attn_indexes=[1],
+            num_pos_feats=chans // 2,
+            mlp_dim=256,
+        ),
+        prompt_encoder_config=transformers.SamPromptEncoderConfig(
+            hidden_size=chans, image_size=size, patch_size=16, mask_input_channels=8
+        ),
+        mask_decoder_config=transformers.SamMaskDecoderConfig(
+            hidden_size=chans, mlp_dim=64, num_attention_heads=4, iou_head_hidden_dim=32
+        ),
+    )
+    official = randomize(transformers.SamModel(config), seed=0)
+    official.save_pretrained(tmp_path)
+    sam, params = load_sam(tmp_path / "model.safetensors", decoder_num_heads=4)
+    model = SamModel(sam, params)
+
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(1, size, size, 3)).astype(np.float32)
+    boxes = np.array([[10, 20, 90, 100], [30, 5, 60, 120]], np.float32)
+    coords = rng.uniform(0, size, (2, 3, 2)).astype(np.float32)
+    labels = np.array([[1, 0, 1], [0, 1, 1]], np.int32)
+    embedding = model.encode_image(jnp.asarray(images))
+    errors = []
+    for with_boxes, with_points, multimask in ((True, True, True), (False, True, False)):
+        theirs: dict[str, Any] = {}
+        if with_boxes:
+            theirs["input_boxes"] = torch.from_numpy(boxes)[None]
+        if with_points:
+            theirs["input_points"] = torch.from_numpy(coords)[None]
+            theirs["input_labels"] = torch.from_numpy(labels)[None]
+        with torch.no_grad():
+            pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+            output = official(pixel_values=pixels, multimask_output=multimask, **theirs)
+            features = official.get_image_embeddings(pixels)
+        points = (jnp.asarray(coords), jnp.asarray(labels)) if with_points else None
+        low_res, iou = model.decode(
+            embedding, points, jnp.asarray(boxes) if with_boxes else None, multimask_output=multimask
+        )
+        errors += [
+            relative_error(np.moveaxis(np.asarray(embedding), -1, 1), numpy(features)),
+            relative_error(low_res, numpy(output.pred_masks[0])),
+            relative_error(iou, numpy(output.iou_scores[0])),
+        ]
+    record_property("relative_error", max(errors))
+    assert max(errors) <= TOLERANCE
