@@ -307,7 +307,5 @@ def observe_decoder(
         if not sites:
             sites, statistics = discover(run, decoder, inputs, "", config)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
-        _, statistics = observe(
-            run, decoder, statistics, inputs, key, sites=sites, config=_relevant(config, sites)
-        )
+        _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=_relevant(config, sites))
     return finalize(statistics, dict(sites), config)

@@ -6,6 +6,13 @@ import numpy as np
 
 from ahcptq_jax.quantizers.base import MAX_BITS, MIN_BITS
 
+# Type of a field's default -> what it accepts, and how to say so.
+_ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int, np.integer), "a whole number"),
+    bool: ((bool,), "True or False"),
+    str: ((str,), "a text"),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
@@ -32,11 +39,11 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, expected = getattr(self, field.name), (int, np.integer) if field.type is int else field.type
+            value = getattr(self, field.name)
+            accepted, kind = _ACCEPTED[type(field.default)]
             # bool is an int to Python, and bits=True a mistake.
-            if not isinstance(value, expected) or (field.type is int and isinstance(value, bool)):
-                kinds = {int: "a whole number", bool: "True or False", str: "a text"}
-                raise ValueError(f"{field.name}={value!r} must be {kinds[field.type]}.")
+            if not isinstance(value, accepted) or (bool not in accepted and isinstance(value, bool)):
+                raise ValueError(f"{field.name}={value!r} must be {kind}.")
         for name in ("w_bits", "a_bits"):
             if not MIN_BITS <= getattr(self, name) <= MAX_BITS:
                 raise ValueError(f"{name}={getattr(self, name)} must be a width from {MIN_BITS} to {MAX_BITS} bits.")

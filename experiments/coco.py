@@ -163,9 +163,7 @@ class CocoDataset:
         """
         annotation = self.coco.anns[annotation_id]
         if "segmentation" not in annotation:
-            raise ValueError(
-                f"Annotation {annotation_id} of {self.source} has no mask: evaluate on a file with masks."
-            )
+            raise ValueError(f"Annotation {annotation_id} of {self.source} has no mask: evaluate on a file with masks.")
         image = self.coco.imgs[annotation["image_id"]]
         return _run_lengths(annotation["segmentation"], image["width"], image["height"])
 
@@ -173,13 +171,9 @@ class CocoDataset:
         """Sentences about what was repaired while loading; empty if nothing was."""
         sentences = []
         if self.clipped_boxes:
-            sentences.append(
-                f"{self.source}: {self.clipped_boxes} boxes left their image and were clipped to it."
-            )
+            sentences.append(f"{self.source}: {self.clipped_boxes} boxes left their image and were clipped to it.")
         if self.degenerate_boxes:
-            sentences.append(
-                f"{self.source}: {self.degenerate_boxes} boxes have no area and are not used as prompts."
-            )
+            sentences.append(f"{self.source}: {self.degenerate_boxes} boxes have no area and are not used as prompts.")
         return tuple(sentences)
 
 
@@ -263,9 +257,7 @@ def load_coco(
     folder, document_path = Path(images_dir), Path(annotations_json)
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"The image folder {folder} {problem}: give an existing folder with {images_flag}."
-        )
+        raise FileNotFoundError(f"The image folder {folder} {problem}: give an existing folder with {images_flag}.")
     document = _read_json(document_path, annotations_flag, "a COCO instances file")
     if not isinstance(document, dict):
         hint = " (a list is a results file, which belongs to --boxes)" if isinstance(document, list) else ""
@@ -427,9 +419,7 @@ def load_detections(
             else f"{total} detections are of the evaluated images, {low} of them below the score "
             f"{min_score:g} and {outside} without area in the image"
         )
-        raise ValueError(
-            f"No box is left of {path} for {dataset.source}: {reason}; check {flag} and the score limit."
-        )
+        raise ValueError(f"No box is left of {path} for {dataset.source}: {reason}; check {flag} and the score limit.")
     counts = {
         "belong to images that the annotations do not list": unknown,
         "left their image and were clipped to it": clipped,
@@ -538,8 +528,7 @@ def _build_dataset(
         parsed[raw["image_id"]].append(Annotation(record["id"], record["category_id"], box, iscrowd))
     if not kept:
         raise ValueError(
-            f"None of the first {len(records)} images of {source} has an annotation: evaluate "
-            "more images (--limit)."
+            f"None of the first {len(records)} images of {source} has an annotation: evaluate more images (--limit)."
         )
     items = tuple(
         ImageItem(
@@ -565,9 +554,7 @@ def _parse_image(record: Any, source: str, position: int) -> dict[str, Any]:
         raise ValueError(f"{name} has no integer id: use COCO's instances format.")
     for key in ("height", "width"):
         if not _is_number(record.get(key)) or record[key] < 1 or record[key] != int(record[key]):
-            raise ValueError(
-                f"{name} (id {record['id']}) has no positive whole {key}: add the image's size in pixels."
-            )
+            raise ValueError(f"{name} (id {record['id']}) has no positive whole {key}: add the image's size in pixels.")
     return {**record, "height": int(record["height"]), "width": int(record["width"])}
 
 
@@ -586,15 +573,11 @@ def _parse_categories(document: Mapping[str, Any], source: str) -> list[dict[str
     categories = document.get("categories")
     if categories is None:
         found = (a.get("category_id") for a in document["annotations"] if isinstance(a, dict))
-        return [
-            {"id": category, "name": str(category)} for category in sorted(set(filter(_is_integer, found)))
-        ]
+        return [{"id": category, "name": str(category)} for category in sorted(set(filter(_is_integer, found)))]
     if not isinstance(categories, list) or not all(
         isinstance(category, dict) and _is_integer(category.get("id")) for category in categories
     ):
-        raise ValueError(
-            f"{source} has malformed categories: give a list of objects with a whole id and a name."
-        )
+        raise ValueError(f"{source} has malformed categories: give a list of objects with a whole id and a name.")
     return [dict(category) for category in categories]
 
 
@@ -604,9 +587,7 @@ def _needs_new_ids(annotations: Sequence[Any]) -> bool:
     return not all(_is_integer(i) and i > 0 for i in ids) or len(set(ids)) != len(ids)
 
 
-def _annotated_box(
-    bbox: Any, width: int, height: int, name: str
-) -> tuple[tuple[float, float, float, float], bool]:
+def _annotated_box(bbox: Any, width: int, height: int, name: str) -> tuple[tuple[float, float, float, float], bool]:
     """The clipped corners of an annotated `[x, y, width, height]`, and whether clipping changed them."""
     if not isinstance(bbox, list | tuple) or len(bbox) != 4 or not all(_is_number(v) for v in bbox):
         raise ValueError(f"{name} has the box {bbox}: write four finite numbers, [x, y, width, height].")
@@ -617,8 +598,7 @@ def _annotated_box(
     above_or_below = y >= height or (y < 0 and y + h <= 0)
     if beside or above_or_below:
         raise ValueError(
-            f"{name} has the box {list(bbox)}, which lies outside its {width}x{height} image: correct "
-            "or remove it."
+            f"{name} has the box {list(bbox)}, which lies outside its {width}x{height} image: correct or remove it."
         )
     return _clip_box(x, y, w, h, width, height)
 
@@ -671,8 +651,7 @@ def _check_segmentation(segmentation: Any, width: int, height: int, name: str) -
         ):
             return segmentation
     raise ValueError(
-        f"{name} has no valid mask: give polygons of at least three points, or run lengths that cover "
-        "the image."
+        f"{name} has no valid mask: give polygons of at least three points, or run lengths that cover the image."
     )
 
 
@@ -718,17 +697,11 @@ def _run_lengths(segmentation: Any, width: int, height: int) -> dict[str, Any]:
     return segmentation
 
 
-def _parse_detection(
-    entry: Any, path: Path, number: int
-) -> tuple[int, int, tuple[float, float, float, float], float]:
+def _parse_detection(entry: Any, path: Path, number: int) -> tuple[int, int, tuple[float, float, float, float], float]:
     """One entry of a results file: image id, category id, box as written, score."""
     name = f"Detection {number} of {path}"
     if not isinstance(entry, dict) or not {"image_id", "category_id", "bbox", "score"} <= entry.keys():
-        missing = (
-            sorted({"image_id", "category_id", "bbox", "score"} - set(entry))
-            if isinstance(entry, dict)
-            else []
-        )
+        missing = sorted({"image_id", "category_id", "bbox", "score"} - set(entry)) if isinstance(entry, dict) else []
         what = f"lacks {', '.join(missing)}" if missing else "is not an object"
         raise ValueError(f"{name} {what}: use COCO's results format (image_id, category_id, bbox, score).")
     bbox, score = entry["bbox"], entry["score"]
@@ -739,9 +712,7 @@ def _parse_detection(
     if not _is_number(score) or not 0 <= score <= 1:
         raise ValueError(f"{name} has the score {score}: write a probability between 0 and 1.")
     if not _is_integer(entry["image_id"]) or not _is_integer(entry["category_id"]):
-        raise ValueError(
-            f"{name} has an image_id or category_id that is not a whole number: use the annotations' ids."
-        )
+        raise ValueError(f"{name} has an image_id or category_id that is not a whole number: use the annotations' ids.")
     x, y, w, h = (float(value) for value in bbox)
     return entry["image_id"], entry["category_id"], (x, y, w, h), float(score)
 
@@ -757,9 +728,7 @@ def _decode_file(path: Path) -> Image.Image:
             f"The image {path} does not exist: give the folder that belongs to the annotations."
         ) from error
     except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{path} is not an image that can be read: copy the file again or remove it."
-        ) from error
+        raise ValueError(f"{path} is not an image that can be read: copy the file again or remove it.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"The image {path} cannot be decoded ({error}): the file is damaged or cut off, so copy it again."
@@ -778,12 +747,7 @@ def _to_eight_bits(image: Image.Image, name: str) -> Image.Image:
 def _decode_array(item: ImageItem) -> Image.Image:
     """An array in memory as an image."""
     array = None if item.array is None else np.asarray(item.array)
-    if (
-        array is None
-        or array.dtype != np.uint8
-        or array.ndim not in (2, 3)
-        or array.shape[2:] not in ((), (3,))
-    ):
+    if array is None or array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
         found = "none" if array is None else f"{array.dtype} {array.shape}"
         raise ValueError(f"The array of {item.name} is {found}: give uint8 of shape (height, width, 3).")
     return Image.fromarray(array)

@@ -130,16 +130,12 @@ def evaluate(
     """
     start = time.perf_counter()
     if any(item.image_id not in boxes.per_image for item in dataset.items):
-        raise ValueError(
-            f"The boxes of {boxes.source} were not made for {dataset.source}: load them for this dataset."
-        )
+        raise ValueError(f"The boxes of {boxes.source} were not made for {dataset.source}: load them for this dataset.")
     done: dict[int, ImageResult] = {}
     journal: Path | None = None
     if partial_results is not None:
         if not model_fingerprint:
-            raise ValueError(
-                "Partial results need a model_fingerprint, so that another model's are not taken over."
-            )
+            raise ValueError("Partial results need a model_fingerprint, so that another model's are not taken over.")
         journal = Path(partial_results)
         header = {
             "format": _JOURNAL_FORMAT,
@@ -178,9 +174,7 @@ def evaluate(
                 _append_to_journal(journal, result)
             bar.update()
     results = {item.image_id: results[item.image_id] for item in dataset.items}
-    metrics: dict[str, float | None] = dict(
-        average_precision(dataset, boxes, results, use_categories=use_categories)
-    )
+    metrics: dict[str, float | None] = dict(average_precision(dataset, boxes, results, use_categories=use_categories))
     metrics["mIoU"], note = mean_iou(dataset, boxes, results, use_categories=use_categories)
     return EvaluationResult(metrics, results, time.perf_counter() - start, resumed, note)
 
@@ -313,9 +307,7 @@ def agreement_miou(first: Mapping[int, ImageResult], second: Mapping[int, ImageR
     if first.keys() != second.keys() or any(len(first[i].counts) != len(second[i].counts) for i in first):
         raise ValueError("The two results are not for the same images and boxes: evaluate both models alike.")
     overlaps = [
-        _iou(a, b)
-        for image_id in first
-        for a, b in zip(first[image_id].rles, second[image_id].rles, strict=True)
+        _iou(a, b) for image_id in first for a, b in zip(first[image_id].rles, second[image_id].rles, strict=True)
     ]
     return float(np.mean(overlaps)) if overlaps else None
 
@@ -356,9 +348,7 @@ class ShapePredictor:
         """Remembers the image's size."""
         self._size = (image.shape[0], image.shape[1])
 
-    def predict_batch(
-        self, *, boxes: np.ndarray, multimask_output: bool
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def predict_batch(self, *, boxes: np.ndarray, multimask_output: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Masks (N, 1, H, W), IoU (N, 1), and no logits (N, 1, 0, 0)."""
         del multimask_output
         masks = self._shape(boxes, *self._size)[:, None]
@@ -411,9 +401,7 @@ def _match_boxes(item: ImageItem, prompts: ImageBoxes, use_categories: bool) -> 
     return [(i, objects[j].annotation_id) for i, j in enumerate(best) if overlap[i, j] >= _MATCH_IOU]
 
 
-def _open_journal(
-    path: Path, header: Mapping[str, Any], dataset: CocoDataset, boxes: BoxSet
-) -> dict[int, ImageResult]:
+def _open_journal(path: Path, header: Mapping[str, Any], dataset: CocoDataset, boxes: BoxSet) -> dict[int, ImageResult]:
     """Reads the finished images of an interrupted run, or starts the file.
 
     A last line that a killed run left incomplete is cut off.
@@ -446,9 +434,7 @@ def _open_journal(
             # The end of the file may be damaged by a crash of the machine; the middle never is by one.
             if number == len(lines):
                 break
-            raise ValueError(
-                f"Line {number} of {path} is damaged: remove the file to start this evaluation again."
-            )
+            raise ValueError(f"Line {number} of {path} is damaged: remove the file to start this evaluation again.")
         done[result.image_id] = result
         valid += len(line) + 1
     if valid < len(data):
@@ -465,9 +451,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _parse_result(
-    record: Mapping[str, Any], items: Mapping[int, ImageItem], boxes: BoxSet
-) -> ImageResult | None:
+def _parse_result(record: Mapping[str, Any], items: Mapping[int, ImageItem], boxes: BoxSet) -> ImageResult | None:
     """The predictions in one line of partial results, or None if they are not of this dataset and boxes."""
     image_id, counts, iou = record.get("image_id"), record.get("counts"), record.get("predicted_iou")
     if not isinstance(image_id, int) or image_id not in items:
@@ -476,9 +460,7 @@ def _parse_result(
         return None
     if not len(counts) == len(iou) == len(boxes.per_image[image_id]):
         return None
-    if not all(isinstance(c, str) for c in counts) or not all(
-        isinstance(v, float) and math.isfinite(v) for v in iou
-    ):
+    if not all(isinstance(c, str) for c in counts) or not all(isinstance(v, float) and math.isfinite(v) for v in iou):
         return None
     item = items[image_id]
     return ImageResult(image_id, (item.height, item.width), tuple(counts), np.array(iou, np.float64))

@@ -265,7 +265,7 @@ def main(argv: list[str]) -> int:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs of the command line, unless JAX is told otherwise."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ahcptq_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

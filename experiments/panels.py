@@ -76,8 +76,9 @@ def _spread(quantized: Quantized, kind: type, count: int) -> list[str]:
         # Block 10 comes after block 9, not after block 1.
         key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)],
     )
-    picks = np.unique(np.linspace(0, len(paths) - 1, count).round().astype(int)) if paths else []
-    return [paths[i] for i in picks]
+    if not paths:
+        return []
+    return [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, count).round().astype(int))]
 
 
 def _activations(

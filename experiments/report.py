@@ -233,9 +233,7 @@ def _summary(results: Mapping[str, Any]) -> str:
 
 def _scores(results: Mapping[str, Any], notes: Sequence[str]) -> str:
     """The table of metrics, one row per model or baseline."""
-    rows = [
-        (key, results[key]) for key in ("fp", "quantized", "fp_blank", "quantized_blank") if results.get(key)
-    ]
+    rows = [(key, results[key]) for key in ("fp", "quantized", "fp_blank", "quantized_blank") if results.get(key)]
     rows += list((results.get("baselines") or {}).items())
     if not rows:
         return ""
@@ -359,9 +357,7 @@ def _resize(image: np.ndarray) -> Image.Image:
     """The image at the report's width; small ones are enlarged by whole pixels, so that they stay honest."""
     picture = Image.fromarray(image).convert("RGB")
     size = (_PICTURE_WIDTH, max(1, round(picture.height * _PICTURE_WIDTH / picture.width)))
-    return picture.resize(
-        size, Image.Resampling.LANCZOS if picture.width > size[0] else Image.Resampling.NEAREST
-    )
+    return picture.resize(size, Image.Resampling.LANCZOS if picture.width > size[0] else Image.Resampling.NEAREST)
 
 
 def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -450,9 +446,7 @@ def _plot_hybrid(figure: Figure, panel: HybridPanel, ink: str) -> None:
     reach = max(edges[-1], codes[-1]) - start
     dense = max(panel.breakpoint - start, 1e-12)
     limits = ((start - 0.02 * reach, start + 1.02 * reach), (start - 0.06 * dense, start + 1.12 * dense))
-    for axes, (left, right), title in zip(
-        (whole, near), limits, ("Whole range", "Up to the breakpoint"), strict=True
-    ):
+    for axes, (left, right), title in zip((whole, near), limits, ("Whole range", "Up to the breakpoint"), strict=True):
         _style_axes(axes, ink)
         # Empty bins would lie at minus infinity; below one value there is nothing to show.
         axes.set_ylim(0.5, 3 * max(float(np.max(panel.counts)), 10.0))
@@ -465,18 +459,12 @@ def _plot_hybrid(figure: Figure, panel: HybridPanel, ink: str) -> None:
             (codes[logarithmic], palette[0], "logarithmic codes"),
             (codes[~logarithmic], palette[1], "uniform codes"),
         ):
-            axes.vlines(
-                values, 0, 0.16, transform=axes.get_xaxis_transform(), color=colour, linewidth=2, label=label
-            )
-            axes.vlines(
-                values, 0.16, 1, transform=axes.get_xaxis_transform(), color=colour, linewidth=0.6, alpha=0.5
-            )
+            axes.vlines(values, 0, 0.16, transform=axes.get_xaxis_transform(), color=colour, linewidth=2, label=label)
+            axes.vlines(values, 0.16, 1, transform=axes.get_xaxis_transform(), color=colour, linewidth=0.6, alpha=0.5)
         axes.axvline(panel.breakpoint, color=ink, linewidth=1.4, linestyle=(0, (5, 3)), label="breakpoint")
     whole.set_ylabel("values per bin (log)", color=ink)
     handles, labels = whole.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=ink, fontsize=8
-    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=ink, fontsize=8)
 
 
 def _plot_groups(figure: Figure, panel: GroupPanel, ink: str) -> None:
@@ -490,9 +478,7 @@ def _plot_groups(figure: Figure, panel: GroupPanel, ink: str) -> None:
     scatter, bars = figure.subplots(1, 2, width_ratios=[2, 3])
     for axes in (scatter, bars):
         _style_axes(axes, ink)
-    scatter.scatter(
-        panel.scale, panel.zero_point, s=14, alpha=0.75, linewidths=0, c=[colours[g] for g in groups]
-    )
+    scatter.scatter(panel.scale, panel.zero_point, s=14, alpha=0.75, linewidths=0, c=[colours[g] for g in groups])
     for group in range(count if labelled else 0):
         scatter.scatter([], [], s=14, color=colours[group], label=f"group {group + 1}")
     scatter.set_xlabel("scale", color=ink)
@@ -504,9 +490,7 @@ def _plot_groups(figure: Figure, panel: GroupPanel, ink: str) -> None:
     order = np.lexsort((high - low, groups))
     starts = np.searchsorted(groups[order], np.arange(count + 1))
     least, most = (
-        np.array([reduce(values[groups == group]) for group in range(count)])
-        if given is None
-        else np.asarray(given)
+        np.array([reduce(values[groups == group]) for group in range(count)]) if given is None else np.asarray(given)
         for given, values, reduce in ((panel.group_min, low, np.min), (panel.group_max, high, np.max))
     )
     corners = [
@@ -555,9 +539,7 @@ def _tolerance(codes: np.ndarray) -> float:
 def _settings(results: Mapping[str, Any]) -> str:
     """Configuration, time and size of the run."""
     config = dict(_flatten(results.get("config") or {}))
-    seconds = {
-        key: f"{value:.1f} s" for key, value in _flatten(results.get("seconds") or {}) if value is not None
-    }
+    seconds = {key: f"{value:.1f} s" for key, value in _flatten(results.get("seconds") or {}) if value is not None}
     sizes = {key: _bytes(value) for key, value in _flatten(results.get("bytes") or {}) if value is not None}
     tables = "".join(
         f"<div><h3>{title}</h3><dl class=pairs>"

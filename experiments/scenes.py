@@ -247,9 +247,7 @@ def _wave(rng: np.random.Generator) -> _Shape:
     curve = np.sin(turns * np.pi * x + phase)
     if rng.random() < 0.4:  # zigzag
         curve = 2 / np.pi * np.arcsin(curve)
-    return [
-        _Layer([np.stack([x, rng.uniform(0.4, 0.75) * curve], -1)], width=rng.uniform(0.24, 0.36), loop=False)
-    ]
+    return [_Layer([np.stack([x, rng.uniform(0.4, 0.75) * curve], -1)], width=rng.uniform(0.24, 0.36), loop=False)]
 
 
 def _curve(rng: np.random.Generator) -> _Shape:
@@ -318,16 +316,12 @@ def _creature(rng: np.random.Generator) -> _Shape:
     head = rng.uniform(0.25, 0.4)
     neck_x, neck_y = rng.uniform(0.85, 1.15), rng.uniform(-0.8, -0.2)
     layers.append(_Layer([_circle(head, head * rng.uniform(0.7, 1), neck_x, neck_y)]))
-    layers.append(
-        _Layer([np.array([[0.55, -0.05], [neck_x, neck_y]])], width=rng.uniform(0.25, 0.4), loop=False)
-    )
+    layers.append(_Layer([np.array([[0.55, -0.05], [neck_x, neck_y]])], width=rng.uniform(0.25, 0.4), loop=False))
     foot, leg_width = rng.uniform(0.75, 1.1), rng.uniform(0.2, 0.28)
     hips = np.linspace(-0.6, 0.6, int(rng.integers(2, 5)))
     for hip in hips:
         layers.append(
-            _Layer(
-                [np.array([[hip, 0.1], [hip + rng.uniform(-0.15, 0.15), foot]])], width=leg_width, loop=False
-            )
+            _Layer([np.array([[hip, 0.1], [hip + rng.uniform(-0.15, 0.15), foot]])], width=leg_width, loop=False)
         )
     if rng.random() < 0.6:
         tail = np.array([[-0.65, -0.1], [-1.0, -0.2], [-1.2, rng.uniform(-0.8, 0.3)]])
@@ -389,9 +383,7 @@ def _random_shape(rng: np.random.Generator) -> _Shape:
         points = points + bend * np.sin(frequency * points[:, ::-1] + phase)
         return _turn(points * [squeeze, 1.0], angle)
 
-    layers = [
-        layer._replace(contours=[move(contour, layer.loop) for contour in layer.contours]) for layer in layers
-    ]
+    layers = [layer._replace(contours=[move(contour, layer.loop) for contour in layer.contours]) for layer in layers]
     low = np.min([c.min(0) - layer.width / 2 for layer in layers if layer.add for c in layer.contours], 0)
     high = np.max([c.max(0) + layer.width / 2 for layer in layers if layer.add for c in layer.contours], 0)
     centre, extent = (low + high) / 2, float((high - low).max())
@@ -411,9 +403,7 @@ def _rasterise(shape: _Shape, diameter: float) -> np.ndarray:
         contours = [np.round((c * scale + centre - 0.5) * 16).astype(np.int32) for c in layer.contours]
         value = 255 if layer.add else 0
         if layer.width > 0:
-            cv2.polylines(
-                canvas, contours, layer.loop, value, max(1, round(layer.width * scale)), cv2.LINE_8, 4
-            )
+            cv2.polylines(canvas, contours, layer.loop, value, max(1, round(layer.width * scale)), cv2.LINE_8, 4)
         else:
             cv2.fillPoly(canvas, contours, value, cv2.LINE_8, 4)
     return cv2.resize(canvas, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
@@ -486,9 +476,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
         image = np.empty((size, size, 3), np.float32)
         image[:level] = _blend(base, np.clip(base + 0.15, 0, 1), _pattern(rng, level, size, "noise", 4))
         floor = _colour(rng)
-        image[level:] = _blend(
-            floor, 0.7 * floor, _pattern(rng, size - level, size, "stripes", rng.uniform(3, 9))
-        )
+        image[level:] = _blend(floor, 0.7 * floor, _pattern(rng, size - level, size, "stripes", rng.uniform(3, 9)))
         image = cv2.GaussianBlur(image, (0, 0), size / 150)
     elif kind == "patches":
         image = np.broadcast_to(base, (size, size, 3)).copy()
@@ -534,9 +522,7 @@ def _pick_colour(rng: np.random.Generator, around: np.ndarray, wanted: float) ->
     return best
 
 
-def _appearance(
-    rng: np.random.Generator, coverage: np.ndarray, colour: np.ndarray, light: np.ndarray
-) -> np.ndarray:
+def _appearance(rng: np.random.Generator, coverage: np.ndarray, colour: np.ndarray, light: np.ndarray) -> np.ndarray:
     """Texture and lighting of an object with the given coverage (P, P): float32 (P, P, 3)."""
     side = coverage.shape[0]
     kind = rng.choice(["plain", "noise", "gradient", "stripes", "checker", "dots", "two_tone"],
@@ -561,9 +547,7 @@ def _appearance(
         distance = cv2.distanceTransform((coverage > 0.5).astype(np.uint8), cv2.DIST_L2, 3)
         rim = side * rng.uniform(0.04, 0.15)
         height = cv2.GaussianBlur(np.sqrt(np.minimum(distance / rim, 1)), (0, 0), max(0.8, rim / 3))
-        slope = light[0] * cv2.Sobel(height, cv2.CV_32F, 1, 0) + light[1] * cv2.Sobel(
-            height, cv2.CV_32F, 0, 1
-        )
+        slope = light[0] * cv2.Sobel(height, cv2.CV_32F, 1, 0) + light[1] * cv2.Sobel(height, cv2.CV_32F, 0, 1)
         shading -= np.clip(slope * np.float32(rng.uniform(0.02, 0.07) * rim), -0.35, 0.35)
     surface = surface * shading[..., None]
     if rng.random() < 0.15:  # a gloss spot
@@ -621,9 +605,7 @@ def _cast_shadow(
     top = place.rows.start - place.patch[0].start - 2 * margin - round(margin * float(light[1]))
     left = place.columns.start - place.patch[1].start - 2 * margin - round(margin * float(light[0]))
     window = _window(top, left, padded.shape[0], size)
-    image[window.rows, window.columns] *= (
-        1 - np.float32(rng.uniform(0.2, 0.6)) * shadow[window.patch][..., None]
-    )
+    image[window.rows, window.columns] *= 1 - np.float32(rng.uniform(0.2, 0.6)) * shadow[window.patch][..., None]
 
 
 def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:

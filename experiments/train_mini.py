@@ -42,6 +42,7 @@ MIXTURES = (
     (0, Mixture(photo_share=0.2)),
     (2400, Mixture(photo_share=0.4, mosaic_share=0.2, min_photo_area=0.0004)),
     (4100, Mixture(photo_share=0.12, mosaic_share=0.1, min_photo_area=0.0004)),
+    (9600, Mixture()),
 )
 
 
@@ -51,7 +52,7 @@ class Schedule:
 
     pretrain_steps: int = 700
     warm_steps: int = 200
-    joint_steps: int = 9600
+    joint_steps: int = 10600
     encoder_rate: float = 6e-4
     decoder_rate: float = 9e-4
     pretrain_rate: float = 1e-3
@@ -368,7 +369,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("scenes", 16000, "Generated training scenes.")
     flags.DEFINE_integer("pretrain_steps", 700, "Steps of dense encoder training.")
     flags.DEFINE_integer("warm_steps", 200, "Steps of the decoder on frozen features.")
-    flags.DEFINE_integer("joint_steps", 9600, "Steps of joint training.")
+    flags.DEFINE_integer("joint_steps", 10600, "Steps of joint training.")
     flags.DEFINE_string("photo_images", "", "Optional COCO image folder mixed into the batches, see MIXTURES.")
     flags.DEFINE_string("photo_segments", "", "Its annotation JSON (instances or panoptic-style segments).")
     app.run(main)

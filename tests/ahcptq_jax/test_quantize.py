@@ -1,13 +1,13 @@
 """`quantize` and `Quantized`: what is quantized takes few values, what is not is untouched, and both run alike."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import ahcptq_jax.quantize as quantize_module
 from ahcptq_jax import METHODS, W4A4, QuantConfig, calibrate, quantize
 from ahcptq_jax import quantized as quantized_module
 from ahcptq_jax.quantized import Quantized, QuantizedWeight
@@ -18,6 +18,8 @@ from sam_flax import MINI, VIT_B, VIT_L, SamPredictor, load_sam
 from sam_flax import sam as sam_module
 from sam_flax.sam import Sam, SamModel
 
+# The package's attribute of this name is the function.
+quantize_module = importlib.import_module("ahcptq_jax.quantize")
 KINDS = {"uniform": Uniform, "grouped": Grouped, "hybrid": Hybrid, "log2": Log2}
 BOXES = np.array([[10.0, 12, 70, 80], [30, 5, 90, 100], [2, 40, 60, 110]])
 # Everything uniform and plain ranges: the statistics then depend on no bit width, and nothing compiles twice.

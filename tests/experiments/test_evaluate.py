@@ -300,9 +300,7 @@ def test_a_predictor_that_breaks_its_contract_is_named():
     dataset = make_dataset()
     boxes = annotated_boxes(dataset)
     with pytest.raises(ValueError, match="predict_batch must return one such mask per box"):
-        evaluate(
-            ShapePredictor(lambda b, h, w: np.zeros((len(b), h, 5), bool)), dataset, boxes, progress=None
-        )
+        evaluate(ShapePredictor(lambda b, h, w: np.zeros((len(b), h, 5), bool)), dataset, boxes, progress=None)
 
     class Broken(ShapePredictor):
         def predict_batch(self, **arguments):

@@ -121,9 +121,7 @@ def test_numbers_of_the_table(tmp_path):
 
 
 def test_notes_are_printed(tmp_path):
-    text = write_report(tmp_path, example_results(), [], [], notes=["3 boxes < all"]).read_text(
-        encoding="utf-8"
-    )
+    text = write_report(tmp_path, example_results(), [], [], notes=["3 boxes < all"]).read_text(encoding="utf-8")
     assert "3 boxes &lt; all" in text
 
 

@@ -137,9 +137,7 @@ def test_boxes():
     masks[0, 10:21, 5:31] = True
     np.testing.assert_array_equal(scenes.boxes_xyxy(masks), [[5, 10, 31, 21]])
     np.testing.assert_array_equal(scenes.boxes_xywh(masks), [[5, 10, 26, 11]])
-    np.testing.assert_array_equal(
-        scenes.Scene(np.zeros((64, 64, 3), np.uint8), masks).boxes, [[5, 10, 31, 21]]
-    )
+    np.testing.assert_array_equal(scenes.Scene(np.zeros((64, 64, 3), np.uint8), masks).boxes, [[5, 10, 31, 21]])
     assert scenes.boxes_xyxy(masks[:0]).shape == (0, 4)
 
 

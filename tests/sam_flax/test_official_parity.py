@@ -186,15 +186,10 @@ def test_masks(vit_b, vit_b_embedding, record_property, case):
     official, sam, params = vit_b
     _, embedding = vit_b_embedding
     prompts = prompts_for(case, sam.config.mask_size)
-    tensors = {
-        k: tuple(map(torch.from_numpy, v)) if k == "points" else torch.from_numpy(v)
-        for k, v in prompts.items()
-    }
+    tensors = {k: tuple(map(torch.from_numpy, v)) if k == "points" else torch.from_numpy(v) for k, v in prompts.items()}
     for multimask in (True, False):
         with torch.no_grad():
-            sparse, dense = official.prompt_encoder(
-                tensors.get("points"), tensors.get("boxes"), tensors.get("masks")
-            )
+            sparse, dense = official.prompt_encoder(tensors.get("points"), tensors.get("boxes"), tensors.get("masks"))
             pe = official.prompt_encoder.get_dense_pe()
             want, want_iou = official.mask_decoder(embedding, pe, sparse, dense, multimask_output=multimask)
         assert (want > 0).any() and (want < 0).any() and want.std(dim=(2, 3)).min() > 0.02 * want.abs().max()

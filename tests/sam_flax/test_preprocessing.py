@@ -54,9 +54,7 @@ def test_longest_side_and_aspect(height, width, long_side):
         assert abs(new_side - old_side * scale) <= 0.5 or new_side == 1
 
 
-@pytest.mark.parametrize(
-    ("height", "width"), [(37, 83), (83, 37), (333, 217), (1, 700), (700, 1), (1, 1), (160, 160)]
-)
+@pytest.mark.parametrize(("height", "width"), [(37, 83), (83, 37), (333, 217), (1, 700), (700, 1), (1, 1), (160, 160)])
 def test_resize(height, width):
     image = picture(height, width)
     resized = resize_image(image, 160)

@@ -132,9 +132,7 @@ def decode_masks(tiny, embedding):
 @pytest.mark.parametrize("case", CASES)
 def test_golden_prompts_and_masks(tiny, sam_tiny_io, decode_masks, case):
     io = sam_tiny_io
-    encode = jax.jit(
-        lambda prompts: tiny.sam.apply({"params": tiny.params}, **prompts, method="encode_prompts")
-    )
+    encode = jax.jit(lambda prompts: tiny.sam.apply({"params": tiny.params}, **prompts, method="encode_prompts"))
     sparse, dense = encode(prompts_of(io, case))
     assert_close(sparse, io[f"{case}_sparse"])
     assert_close(dense, channels_last(io[f"{case}_dense"]))
