@@ -1,0 +1,174 @@
+"""The main job end to end on the model that ships, and what it says to inputs it cannot use."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import main as main_job
+from experiments.options import Options
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
+COCO100 = Path(os.environ.get("COCO100", ROOT.parent / "shared" / "coco100"))
+METRICS = {"AP", "AP50", "AP75", "APs", "APm", "APl", "mIoU"}
+
+
+def command(*flags: str) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-m", "experiments.main", *flags]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("job")
+    done = command("--flagfile=w4a4.flags", "--num_scenes=4", "--num_calib=2", f"--out={out}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out, done.stdout
+
+
+def test_results_are_complete(job: tuple[Path, str]) -> None:
+    results = json.loads((job[0] / "results.json").read_text())
+    for key in ("fp", "quantized", "fp_blank", "quantized_blank"):
+        assert METRICS <= results[key].keys()
+    assert results["fp"]["AP"] > 40 > results["fp_blank"]["AP"], "MINI looks at the image"
+    assert 0.5 < results["agreement_mIoU"] <= 1
+    assert results["bytes"]["quantized"] < 0.4 * results["bytes"]["fp32"]
+    assert {"load", "evaluate_fp", "quantize", "evaluate_quantized"} <= results["seconds"].keys()
+    assert results["config"]["w_bits"] == 4
+    assert "quantized" in job[1] and "agreement" in job[1]
+
+
+def test_report_is_one_self_contained_file(job: tuple[Path, str]) -> None:
+    page = (job[0] / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    for attribute in ('src="http', "src='http", 'href="http', "url(http", "@import"):
+        assert attribute not in page
+    for text in ("Floating point", "Quantized", "HLUQ", "CAG", "breakpoint"):
+        assert text in page
+
+
+def test_resolved_flags_repeat_the_run(job: tuple[Path, str]) -> None:
+    done = command(f"--flagfile={job[0] / 'flags.txt'}", "--method=nothing")
+    assert done.returncode != 0 and "method" in done.stderr
+    lines = (job[0] / "flags.txt").read_text().splitlines()
+    assert "--w_bits=4" in lines and "--num_scenes=4" in lines
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A COCO folder of one good image, and broken variants beside it."""
+    path = tmp_path_factory.mktemp("coco")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(path / "a.jpg")
+    write(path / "good.json", document())
+    write(path / "empty.json", document() | {"annotations": []})
+    write(path / "outside.json", document(bbox=[200, 10, 20, 20]))
+    write(path / "absent.json", document(file_name="b.jpg"))
+    write(path / "short.json", document(file_name="short.jpg"))
+    (path / "short.jpg").write_bytes((path / "a.jpg").read_bytes()[:700])
+    write(path / "list.json", [1, 2])
+    (path / "broken.json").write_text('{"images": [')
+    box = {"image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "score": 0.5}
+    write(path / "detections_dict.json", {"boxes": [box]})
+    (path / "detections_nan.json").write_text(json.dumps([box | {"bbox": [float("nan"), 5, 20, 20]}]))
+    write(path / "detections_other.json", [box | {"image_id": 77}])
+    (path / "image.pth").write_bytes((path / "a.jpg").read_bytes())
+    (path / "truncated.pth").write_bytes((DATA / "sam_tiny_s0.pth").read_bytes()[:50_000])
+    (path / "empty.safetensors").write_bytes(b"")
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.mkdir, (str(path / "executed"),)
+
+    with zipfile.ZipFile(path / "evil.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"weight": Evil()}))
+    return path
+
+
+def document(bbox: list[float] | None = None, file_name: str = "a.jpg") -> dict[str, Any]:
+    polygon = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 400}
+    return {
+        "images": [{"id": 1, "file_name": file_name, "height": 60, "width": 80}],
+        "annotations": [annotation | {"bbox": bbox or [10, 10, 20, 20], "segmentation": polygon}],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+
+
+def write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
+
+
+# (options with {d} for the folder above, part of the sentence)
+BAD_INPUTS: list[tuple[dict[str, Any], str]] = [
+    ({"checkpoint": "{d}/none.pth"}, "does not exist"),
+    ({"checkpoint": "{d}/image.pth"}, "neither"),
+    ({"checkpoint": "{d}/truncated.pth"}, "truncated"),
+    ({"checkpoint": "{d}/evil.pth"}, "nothing"),
+    ({"checkpoint": "{d}/empty.safetensors"}, "empty"),
+    ({"images": "{d}/none", "annotations": "{d}/good.json"}, "does not exist"),
+    ({"images": "{d}", "annotations": "{d}/none.json"}, "none.json"),
+    ({"images": "{d}", "annotations": "{d}/broken.json"}, "JSON"),
+    ({"images": "{d}", "annotations": "{d}/list.json"}, "not a COCO instances file"),
+    ({"images": "{d}", "annotations": "{d}/empty.json"}, "annotation"),
+    ({"images": "{d}", "annotations": "{d}/outside.json"}, "outside"),
+    ({"images": "{d}", "annotations": "{d}/absent.json"}, "b.jpg"),
+    ({"images": "{d}", "annotations": "{d}/short.json"}, "short.jpg"),
+    ({"images": "{d}", "annotations": "{d}/good.json", "boxes": "{d}/none.json"}, "none.json"),
+    ({"images": "{d}", "annotations": "{d}/good.json", "boxes": "{d}/detections_dict.json"}, "results file"),
+    ({"images": "{d}", "annotations": "{d}/good.json", "boxes": "{d}/detections_nan.json"}, "finite"),
+    ({"images": "{d}", "annotations": "{d}/good.json", "boxes": "{d}/detections_other.json"}, "No box is left"),
+    ({"calib_images": "{d}", "calib_annotations": "{d}/good.json"}, "--num_calib=32"),
+    ({"images": "{d}"}, "belong together"),
+    ({"boxes": "{d}/detections_nan.json"}, "--images"),
+    ({"w_bits": 9}, "w_bits=9"),
+    ({"a_bits": 1}, "a_bits=1"),
+    ({"groups": -1}, "groups=-1"),
+    ({"method": "magic"}, "magic"),
+    ({"num_calib": 0}, "--num_calib=0"),
+    ({"out": "{d}/a.jpg/out"}, "--out"),
+]
+
+
+@pytest.mark.parametrize(("given", "part"), BAD_INPUTS, ids=lambda v: str(v)[:60] if isinstance(v, dict) else "")
+def test_bad_input_gets_one_sentence(given: dict[str, Any], part: str, folder: Path, tmp_path: Path) -> None:
+    fields = {k: v.format(d=folder) if isinstance(v, str) else v for k, v in given.items()}
+    fields.setdefault("out", str(tmp_path / "out"))
+    with pytest.raises((ValueError, OSError)) as caught:
+        main_job.run(Options(**{"num_scenes": 1, **fields}))
+    sentence = str(caught.value)
+    print(sentence.replace(str(folder), "DIR"))
+    assert part in sentence and "\n" not in sentence.strip() and len(sentence) > 30
+    assert not (folder / "executed").exists(), "nothing in a file runs"
+    assert not list((tmp_path / "out").glob("*.*")) if (tmp_path / "out").exists() else True
+
+
+def test_command_line_says_it_without_a_traceback(folder: Path, tmp_path: Path) -> None:
+    done = command(f"--checkpoint={folder / 'image.pth'}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and done.stderr.count("Error:") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COCO100.is_dir(), reason=f"no COCO images at {COCO100}; set COCO100 to a folder of them")
+def test_real_photographs(tmp_path: Path) -> None:
+    options = Options(
+        images=str(COCO100 / "val2017"),
+        annotations=str(COCO100 / "annotations" / "instances_val2017.json"),
+        calib_images=str(COCO100 / "train2017"),
+        calib_annotations=str(COCO100 / "annotations" / "instances_train2017.json"),
+        limit=3,
+        num_calib=2,
+        out=str(tmp_path),
+    )
+    results = main_job.run(options)
+    assert METRICS <= results["quantized"].keys() and results["agreement_mIoU"] > 0.3
