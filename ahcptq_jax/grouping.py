@@ -104,9 +104,11 @@ def _swap(points: jax.Array, weights: jax.Array, centers: jax.Array, active: jax
     inertia, cost = jnp.matmul(own_weight, jnp.stack([nearest, missed]).T, precision=jax.lax.Precision.HIGHEST).T
     cost = jnp.where(active, cost, jnp.inf)
     ranks = min(3, k)
-    removed = jax.lax.top_k(-cost, ranks)[1][jnp.minimum(choice[0], ranks - 1)]
+    # No more ranks than centres that take part, or one that does not would be brought in.
+    taking_part = jnp.minimum(ranks, jnp.sum(active))
+    removed = jax.lax.top_k(-cost, ranks)[1][jnp.minimum(choice[0], taking_part - 1)]
     inertia = jnp.where(active & (jnp.arange(k) != removed), inertia, -1.0)
-    split = jax.lax.top_k(inertia, ranks)[1][jnp.minimum(choice[1], ranks - 2)]
+    split = jax.lax.top_k(inertia, ranks)[1][jnp.clip(choice[1], 0, jnp.maximum(taking_part - 2, 0))]
     center, weight = centers[:, split], own_weight[split]
     variance = jnp.sum(weight * jnp.square(points - center[:, None]), axis=1) / jnp.maximum(jnp.sum(weight), 1e-30)
     offset = jnp.sqrt(variance) * (variance == jnp.max(variance))
