@@ -41,7 +41,7 @@ class Options:
             raise ValueError(f"--method={self.method} is unknown; choose one of fp, {', '.join(METHODS)}.")
         for name, least in (("num_calib", 1), ("num_scenes", 1), ("limit", 0), ("seed", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name}={getattr(self, name)} must be at least {least}.")
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least {least}; give a larger number.")
         for name in ("checkpoint", "boxes", "out"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is empty; leave it out for {getattr(type(self), name)!r}.")

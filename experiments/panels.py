@@ -15,7 +15,8 @@ from experiments.report import GroupPanel, HybridPanel
 from sam_flax.image_encoder import Block, Neck, PatchEmbed
 from sam_flax.sam import Params, SamModel, apply_embed, apply_stage, call, encoder_stages
 
-HISTOGRAM_BINS = 120
+# Fine enough that the part up to the breakpoint, a tenth of the range, still has a shape.
+HISTOGRAM_BINS = 360
 
 
 def layer_panels(

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
 
@@ -483,6 +484,7 @@ def _plot_groups(figure: Figure, panel: GroupPanel, ink: str) -> None:
         scatter.scatter([], [], s=14, color=colours[group], label=f"group {group + 1}")
     scatter.set_xlabel("scale", color=ink)
     scatter.set_ylabel("zero point", color=ink)
+    scatter.yaxis.set_major_locator(MaxNLocator(integer=True))
     scatter.set_title("Channels", loc="left", color=ink, fontsize=9)
     if labelled:
         figure.legend(loc="outside lower center", ncols=count, frameon=False, labelcolor=ink, fontsize=8)

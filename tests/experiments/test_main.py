@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from experiments import main as main_job
 from experiments.options import Options
@@ -84,6 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "image.pth").write_bytes((path / "a.jpg").read_bytes())
     (path / "truncated.pth").write_bytes((DATA / "sam_tiny_s0.pth").read_bytes()[:50_000])
     (path / "empty.safetensors").write_bytes(b"")
+    save_file({"layer1.0.conv1.weight": np.zeros((4, 3, 3, 3), np.float32)}, path / "resnet.safetensors")
 
     class Evil:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
@@ -115,6 +117,8 @@ BAD_INPUTS: list[tuple[dict[str, Any], str]] = [
     ({"checkpoint": "{d}/truncated.pth"}, "truncated"),
     ({"checkpoint": "{d}/evil.pth"}, "nothing"),
     ({"checkpoint": "{d}/empty.safetensors"}, "empty"),
+    ({"checkpoint": "{d}/resnet.safetensors"}, "not a SAM"),
+    ({"checkpoint": "{d}"}, "directory"),
     ({"images": "{d}/none", "annotations": "{d}/good.json"}, "does not exist"),
     ({"images": "{d}", "annotations": "{d}/none.json"}, "none.json"),
     ({"images": "{d}", "annotations": "{d}/broken.json"}, "JSON"),
@@ -130,6 +134,7 @@ BAD_INPUTS: list[tuple[dict[str, Any], str]] = [
     ({"calib_images": "{d}", "calib_annotations": "{d}/good.json"}, "--num_calib=32"),
     ({"images": "{d}"}, "belong together"),
     ({"boxes": "{d}/detections_nan.json"}, "--images"),
+    ({"seed": -1}, "--seed=-1"),
     ({"w_bits": 9}, "w_bits=9"),
     ({"a_bits": 1}, "a_bits=1"),
     ({"groups": -1}, "groups=-1"),
@@ -156,6 +161,46 @@ def test_command_line_says_it_without_a_traceback(folder: Path, tmp_path: Path) 
     done = command(f"--checkpoint={folder / 'image.pth'}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and done.stderr.count("Error:") == 1
+
+
+@pytest.mark.parametrize("flag", ["--method=magic", "--bits=4", "--w_bits=four", "--flagfile=none.flags", "more"])
+def test_unusable_flags_end_the_command(flag: str, tmp_path: Path) -> None:
+    done = command(flag, f"--out={tmp_path / 'out'}")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert flag.lstrip("-").split("=")[0] in done.stderr + done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_are_checked_before_the_model_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_late(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a long stage began before all inputs were read")
+
+    monkeypatch.setattr(main_job.evaluate, "evaluate", too_late)
+    monkeypatch.setattr(main_job, "quantize_model", too_late)
+    for name in ("short.json", "absent.json"):
+        for kind in ("", "calib_"):
+            fields: dict[str, Any] = {f"{kind}images": str(folder), f"{kind}annotations": str(folder / name)}
+            with pytest.raises((ValueError, FileNotFoundError)):
+                main_job.run(Options(**fields, num_scenes=1, num_calib=1, out=str(tmp_path / "out")))
+    # The folder cannot be made: not even the weights are read.
+    monkeypatch.setattr(main_job, "load_sam", too_late)
+    with pytest.raises(ValueError, match="--out"):
+        main_job.run(Options(out=str(folder / "a.jpg" / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_float_model_alone(tmp_path: Path) -> None:
+    options = Options(checkpoint=str(DATA / "sam_tiny_s0.pth"), method="fp", num_scenes=2, out=str(tmp_path))
+    # Its random weights find nothing; what counts is that all of it is written, and nothing else.
+    with pytest.warns(UserWarning, match="heads"):
+        results = main_job.run(options)
+    assert METRICS <= results["fp"].keys() and "quantized" not in results
+    assert set(results["bytes"]) == {"fp32"} and "evaluate_fp" in results["seconds"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flags.txt", "report.html", "results.json"]
+    assert "fp" in main_job.summary(results) and "bytes:" not in main_job.summary(results)
+    assert "floating point" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
