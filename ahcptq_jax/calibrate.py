@@ -113,7 +113,9 @@ def group_channels(per_channel: Mapping[str, Uniform], config: QuantConfig) -> d
         if config.groups == 0 or config.groups >= channels:
             labels = jnp.broadcast_to(jnp.arange(channels), scales.shape)
         else:
-            scales, zeros, labels = grouping.ladder(scales, zeros, config.groups, config.group_metric)[-1]
+            scales, zeros, labels = grouping.ladder(scales, zeros, config.groups, config.group_metric, config.a_bits)[
+                -1
+            ]
         for path, scale, zero, label in zip(
             paths, np.asarray(scales), np.asarray(zeros), np.asarray(labels), strict=True
         ):

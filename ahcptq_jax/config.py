@@ -29,7 +29,7 @@ class QuantConfig:
     big: bool = True  # sign flips that make bimodal keys unimodal
     agq: bool = True  # log2 softmax with adaptive granularity; else uniform
     groups: int = 4  # CAG groups G; 0 keeps every channel on its own
-    group_metric: str = "normalized"  # k-means metric: "paper" (raw scale, zero point) or "normalized"
+    group_metric: str = "range"  # what CAG clusters and a group shares: "paper", "normalized" or "range" (grouping)
     # A uniform step that reaches the observed maximum instead of the paper's (METHOD 7).
     hluq_reach_maximum: bool = False
     weight_search: bool = True  # 2-D range search; else the plain minimum and maximum
@@ -49,8 +49,8 @@ class QuantConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be a width from {MIN_BITS} to {MAX_BITS} bits.")
         if self.groups < 0:
             raise ValueError(f"groups={self.groups} must be 0 (every channel on its own) or a positive number.")
-        if self.group_metric not in ("paper", "normalized"):
-            raise ValueError(f"group_metric={self.group_metric!r} must be 'paper' or 'normalized'.")
+        if self.group_metric not in ("paper", "normalized", "range"):
+            raise ValueError(f"group_metric={self.group_metric!r} must be 'paper', 'normalized' or 'range'.")
         if self.prompts_per_image < 1 or self.softmax_rows < 0:
             raise ValueError(
                 f"prompts_per_image={self.prompts_per_image} must be at least 1 and "

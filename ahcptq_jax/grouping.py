@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ahcptq_jax.quantizers import Grouped
+from ahcptq_jax.quantizers.base import qparams_from_range
 
-METRICS = ("paper", "normalized")
+METRICS = ("paper", "normalized", "range")
 _SEED = 0
 # (rank by removal cost, rank by inertia) of the centre to take away and of the cluster to split, tried in turn.
 _SWAPS = np.array([(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (2, 1), (1, 2)], np.int32)
@@ -30,8 +31,8 @@ class ChannelGroups(NamedTuple):
     """Parameters shared by groups of channels.
 
     Attributes:
-        scale: ``(..., G)`` mean scale of each group.
-        zero_point: ``(..., G)`` rounded mean zero point of each group.
+        scale: ``(..., G)`` scale of each group.
+        zero_point: ``(..., G)`` zero point of each group, a whole number.
         labels: ``(..., C)`` group of each channel, int32.
     """
 
@@ -155,10 +156,21 @@ def _kmeans(points: jax.Array, weights: jax.Array, k: int, wanted: jax.Array | i
 
 
 def _group(
-    scale: jax.Array, zero_point: jax.Array, weights: jax.Array, k: int, wanted: jax.Array | int, metric: str
+    scale: jax.Array,
+    zero_point: jax.Array,
+    weights: jax.Array,
+    k: int,
+    wanted: jax.Array | int,
+    metric: str,
+    bits: int | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Groups (N,) weighted parameter pairs: scale (K,), rounded zero point (K,), labels (N,); see ``_kmeans``."""
     points = jnp.stack([scale, zero_point])
+    if metric == "range":
+        assert bits is not None
+        ranges = scale * jnp.stack([-zero_point, 2**bits - 1 - zero_point])  # (2, N): low, high
+        labels = _kmeans(ranges, weights, k, wanted)[1] if k > 1 else jnp.zeros(scale.shape, jnp.int32)
+        return *_cover(ranges, weights, labels, k, bits), labels
     mean = jnp.sum(points * weights, axis=1, keepdims=True) / jnp.sum(weights)
     if k == 1:
         return mean[0], jnp.round(mean[1]), jnp.zeros(points.shape[1], jnp.int32)
@@ -171,7 +183,18 @@ def _group(
     return centers[0], jnp.round(centers[1]), labels
 
 
-def _check(scale: jax.Array, zero_point: jax.Array, num_groups: int, metric: str) -> tuple[jax.Array, jax.Array]:
+def _cover(ranges: jax.Array, weights: jax.Array, labels: jax.Array, k: int, bits: int) -> tuple[jax.Array, jax.Array]:
+    """Scale and zero point (K,) of the range that covers those (2, N) of each group; of all where a group is empty."""
+    member = (labels == jnp.arange(k)[:, None]) & (weights > 0)  # (K, N)
+    member |= ~jnp.any(member, axis=1, keepdims=True) & (weights > 0)
+    low = jnp.min(jnp.where(member, ranges[0], jnp.inf), axis=1)
+    high = jnp.max(jnp.where(member, ranges[1], -jnp.inf), axis=1)
+    return qparams_from_range(low, high, bits)
+
+
+def _check(
+    scale: jax.Array, zero_point: jax.Array, num_groups: int, metric: str, bits: int | None
+) -> tuple[jax.Array, jax.Array]:
     scale, zero_point = jnp.asarray(scale, jnp.float32), jnp.asarray(zero_point, jnp.float32)
     if scale.ndim < 1 or scale.shape != zero_point.shape or scale.shape[-1] == 0:
         raise ValueError(
@@ -181,11 +204,15 @@ def _check(scale: jax.Array, zero_point: jax.Array, num_groups: int, metric: str
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+    if metric == "range" and bits is None:
+        raise ValueError("the metric 'range' needs the bits that the scale and the zero point belong to")
     return scale, zero_point
 
 
-@functools.partial(jax.jit, static_argnames=("stages", "metric"))
-def _ladder(scale: jax.Array, zero_point: jax.Array, stages: tuple[int, ...], metric: str) -> tuple[ChannelGroups, ...]:
+@functools.partial(jax.jit, static_argnames=("stages", "metric", "bits"))
+def _ladder(
+    scale: jax.Array, zero_point: jax.Array, stages: tuple[int, ...], metric: str, bits: int | None
+) -> tuple[ChannelGroups, ...]:
     def one(scale: jax.Array, zero_point: jax.Array) -> tuple[ChannelGroups, ...]:
         channels = scale.shape[0]
         found = []
@@ -196,7 +223,7 @@ def _ladder(scale: jax.Array, zero_point: jax.Array, stages: tuple[int, ...], me
         if not rest:
             return tuple(found)
         most = rest.pop(0)
-        scale, zero_point, labels = _group(scale, zero_point, jnp.ones_like(scale), most, most, metric)
+        scale, zero_point, labels = _group(scale, zero_point, jnp.ones_like(scale), most, most, metric, bits)
         found.append(ChannelGroups(scale, zero_point, labels))
         if not rest:
             return tuple(found)
@@ -207,7 +234,7 @@ def _ladder(scale: jax.Array, zero_point: jax.Array, stages: tuple[int, ...], me
         def stage(carry: ChannelGroups, wanted: jax.Array) -> tuple[ChannelGroups, ChannelGroups]:
             scale, zero_point, labels = carry
             weights = jnp.sum(labels == jnp.arange(most)[:, None], axis=1).astype(jnp.float32)
-            scale, zero_point, mapping = _group(scale, zero_point, weights, wide, wanted, metric)
+            scale, zero_point, mapping = _group(scale, zero_point, weights, wide, wanted, metric, bits)
             labels = mapping[labels]
             # Unused places repeat a used one: finite, and without weight.
             used = jnp.arange(most) < wanted
@@ -228,27 +255,33 @@ def _ladder(scale: jax.Array, zero_point: jax.Array, stages: tuple[int, ...], me
     return function(scale, zero_point)
 
 
-def group_channels(scale: jax.Array, zero_point: jax.Array, num_groups: int, metric: str = "paper") -> ChannelGroups:
-    """Groups channels by k-means on their ``(scale, zero_point)``.
+def group_channels(
+    scale: jax.Array, zero_point: jax.Array, num_groups: int, metric: str = "paper", bits: int | None = None
+) -> ChannelGroups:
+    """Groups channels by k-means on their ``(scale, zero_point)``, or on the ranges that these stand for.
 
     Args:
         scale: ``(..., C)`` per-channel scales; leading axes are independent layers, done at once.
         zero_point: ``(..., C)`` per-channel zero points.
         num_groups: number of groups; with as many as channels (or more) every channel stays alone, G = C.
         metric: ``"paper"`` clusters the raw pairs, in which the zero point (0..2^bits-1) outweighs the scale;
-            ``"normalized"`` divides both by their deviation over the channels.
+            ``"normalized"`` divides both by their deviation over the channels. Both give a group the mean scale and
+            the rounded mean zero point, which cut off the wider channels of the group.
+            ``"range"`` clusters the ranges (low, high) and gives a group the range that covers its channels: none is
+            cut off, and no step is coarser than that of one range for the tensor.
+        bits: width of the codes; needed by ``"range"`` alone.
 
     Returns:
-        Groups with the mean scale and the rounded mean zero point. Fewer distinct pairs than groups leave groups
-        without channels, whose parameters are those of some channel.
+        The groups. Fewer distinct pairs than groups leave groups without channels, whose parameters are valid but
+        unused.
 
     Raises:
-        ValueError: on shapes that differ, ``num_groups`` below 1 or an unknown metric.
+        ValueError: on shapes that differ, ``num_groups`` below 1, an unknown metric, or ``"range"`` without bits.
 
     Source: official ``GroupLSQFakeQuantize.group_channel``.
     """
-    scale, zero_point = _check(scale, zero_point, num_groups, metric)
-    return _ladder(scale, zero_point, (num_groups,), metric)[0]
+    scale, zero_point = _check(scale, zero_point, num_groups, metric, bits)
+    return _ladder(scale, zero_point, (num_groups,), metric, bits)[0]
 
 
 def ladder_stages(num_groups: int) -> tuple[int, ...]:
@@ -257,7 +290,7 @@ def ladder_stages(num_groups: int) -> tuple[int, ...]:
 
 
 def ladder(
-    scale: jax.Array, zero_point: jax.Array, num_groups: int = 4, metric: str = "paper"
+    scale: jax.Array, zero_point: jax.Array, num_groups: int = 4, metric: str = "paper", bits: int | None = None
 ) -> tuple[ChannelGroups, ...]:
     """Groups channels down 8G, 4G, 2G, G groups; each stage starts from the values of the one before.
 
@@ -266,5 +299,5 @@ def ladder(
     Returns:
         The groups of each stage; the last is the result when nothing is learned in between.
     """
-    scale, zero_point = _check(scale, zero_point, num_groups, metric)
-    return _ladder(scale, zero_point, ladder_stages(num_groups), metric)
+    scale, zero_point = _check(scale, zero_point, num_groups, metric, bits)
+    return _ladder(scale, zero_point, ladder_stages(num_groups), metric, bits)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ahcptq_jax import grouping
 from ahcptq_jax.quantizers import Uniform
@@ -95,6 +97,27 @@ def test_metrics_differ_where_the_zero_point_swamps_the_scale() -> None:
     assert partition(np.asarray(rescaled.labels)) == partition(np.asarray(normalized.labels))
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), bits=st.sampled_from([2, 4, 8]), groups=st.sampled_from([1, 2, 4]))
+def test_range_groups_cut_no_channel_off_and_are_never_coarser_than_one_range(seed, bits, groups) -> None:
+    rng = np.random.default_rng(seed)
+    low = -rng.gamma(0.5, 2.0, 48).astype(np.float32)
+    channels = Uniform.from_range(low, low + rng.gamma(0.5, 4.0, 48).astype(np.float32), bits)
+    last = grouping.ladder(channels.scale, channels.zero_point, groups, "range", bits)[-1]
+    highest = 2**bits - 1
+
+    def ends(quantizer):
+        scale, zero_point = np.asarray(quantizer.scale), np.asarray(quantizer.zero_point)
+        return -zero_point * scale, (highest - zero_point) * scale
+
+    low, high = ends(channels)
+    scale = np.asarray(last.scale)[last.labels]
+    group_low, group_high = (end[np.asarray(last.labels)] for end in ends(last))
+    # The zero point is whole: each of the ladder's four roundings may move a range by half a step.
+    assert np.all(group_low <= low + 2.001 * scale) and np.all(group_high >= high - 2.001 * scale)
+    assert np.all(scale <= (high.max() - low.min()) / highest * (1 + 1 / highest) ** 4 * 1.0001)
+
+
 def test_edges() -> None:
     scale, zero_point = np.array([0.1, 0.2, 0.9], np.float32), np.array([0.0, 1.0, 5.0], np.float32)
     alone = grouping.group_channels(scale, zero_point, 3)
@@ -107,10 +130,10 @@ def test_edges() -> None:
     np.testing.assert_array_equal(one.zero_point, [2.0])
     # More groups than distinct values: the spare groups stay empty and usable, the values are kept.
     for metric in grouping.METRICS:
-        few = grouping.group_channels(np.tile(scale, 8), np.tile(zero_point, 8), 6, metric)
+        few = grouping.group_channels(np.tile(scale, 8), np.tile(zero_point, 8), 6, metric, bits=4)
         few.quantizer(4).validate(24)
         np.testing.assert_allclose(few.scale[few.labels], np.tile(scale, 8), rtol=1e-6)
-        same = grouping.group_channels(np.full(24, 0.5, np.float32), np.full(24, 3.0, np.float32), 6, metric)
+        same = grouping.group_channels(np.full(24, 0.5, np.float32), np.full(24, 3.0, np.float32), 6, metric, bits=4)
         same.quantizer(4).validate(24)
         np.testing.assert_allclose(same.scale[same.labels], 0.5, rtol=1e-6)
     assert [s.scale.shape[0] for s in grouping.ladder(scale, zero_point, 1)] == [3, 3, 2, 1]
@@ -127,7 +150,7 @@ def test_grouping_beats_one_scale_on_skewed_channels() -> None:
     channels = search_range([x], 4, per_channel=True)
     per_tensor = Uniform.from_range(x.min(), x.max(), 4)
     for metric in grouping.METRICS:
-        grouped = grouping.group_channels(channels.scale, channels.zero_point, 4, metric).quantizer(4)
+        grouped = grouping.group_channels(channels.scale, channels.zero_point, 4, metric, bits=4).quantizer(4)
         assert error(channels) < error(grouped) < 0.8 * error(per_tensor)
 
 
@@ -141,3 +164,5 @@ def test_refusals() -> None:
         grouping.group_channels(scale, scale, 0)
     with pytest.raises(ValueError, match="metric must be one of"):
         grouping.ladder(scale, scale, 4, metric="cosine")
+    with pytest.raises(ValueError, match="needs the bits"):
+        grouping.group_channels(scale, scale, 4, metric="range")
