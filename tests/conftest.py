@@ -1,5 +1,6 @@
 """What several test files share: stored numbers of the official functions, and a tiny SAM."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import pytest
 from sam_flax import SamConfig
 from sam_flax.checkpoint import Params, convert
 
+# Compiled programs are kept, for a repeated run and for the processes that tests start.
+_CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+_CACHE_FROM_SECONDS = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", float(_CACHE_FROM_SECONDS))
 # Full float32 products, on accelerators too: the references were computed so.
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -11,7 +11,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from experiments import scenes
+from experiments import outlines, scenes
 
 SIZE = 128
 
@@ -108,11 +108,11 @@ def test_outline_visibility_tells_visible_from_hidden():
     assert scenes._outline_visibility(image, mask) == 1
 
 
-@pytest.mark.parametrize("outline", [outline for outline, _ in scenes._OUTLINES], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("outline", [outline for outline, _ in outlines.OUTLINES], ids=lambda f: f.__name__)
 def test_every_outline_fits_its_patch_and_has_substance(outline, monkeypatch):
-    monkeypatch.setattr(scenes, "_OUTLINES", ((outline, 1.0),))
+    monkeypatch.setattr(outlines, "OUTLINES", ((outline, 1.0),))
     for index in range(5):
-        coverage = scenes._rasterise(scenes._random_shape(np.random.default_rng(index)), 60.0)
+        coverage = outlines.rasterise(outlines.random_shape(np.random.default_rng(index)), 60.0)
         assert coverage.min() >= 0 and coverage.max() == 1
         assert coverage.mean() > 0.08
         frame = np.concatenate([coverage[0], coverage[-1], coverage[:, 0], coverage[:, -1]])
@@ -121,7 +121,7 @@ def test_every_outline_fits_its_patch_and_has_substance(outline, monkeypatch):
 
 
 def test_ring_has_a_hole():
-    coverage = scenes._rasterise([scenes._Layer([scenes._circle(0.5, 0.5), scenes._circle(0.2, 0.2)])], 60.0)
+    coverage = outlines.rasterise([outlines.Layer([outlines.circle(0.5, 0.5), outlines.circle(0.2, 0.2)])], 60.0)
     assert coverage[32, 32] == 0 and coverage[32, 32 + 21] == 1
 
 
