@@ -1,0 +1,260 @@
+"""Times every part that must be fast, prints the table and saves it as JSON and markdown.
+
+    python -m experiments.benchmark
+    python -m experiments.benchmark --rows=encoder_b,hluq_search --against=torch --out=runs/benchmark
+
+Each row runs in a process of its own, which gives its peak memory. With `--against=torch` a second process runs the
+public PyTorch code (extra `parity`) turn by turn with ours, so that both see the machine in the same state.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from tqdm import tqdm
+
+from experiments.benchmark_rows import ROWS, Row
+from experiments.results import write_atomically, write_json
+
+# glibc returns freed pages at once by default, and PyTorch then spends most of its time getting them back.
+KEEP_PAGES = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "34359738368",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+NO_PUBLIC_PACKAGE = "No public PyTorch package has this function, so there is no ratio."
+
+
+class Worker:
+    """The process of one row; see `benchmark_rows.serve`."""
+
+    def __init__(self, row: Row, torch: bool, toy: bool):
+        self.row = row
+        words = [row.name, *(["torch"] if torch else []), *(["toy"] if toy else [])]
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.benchmark_rows", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=os.environ | (KEEP_PAGES if torch else {}),
+        )
+
+    def __enter__(self) -> "Worker":
+        self.first = self._answer()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.errors.close()
+
+    def run(self) -> dict[str, float]:
+        """Times the work once."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def finish(self) -> dict[str, Any]:
+        """Peak memory and what the seconds are divided by."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            last = (self.errors.read().strip().splitlines() or ["no message"])[-1]
+            raise ValueError(
+                f"The process of row {self.row.name} ended with exit code {self.process.returncode} ({last}); "
+                "free memory or leave the row out with --rows."
+            )
+        return json.loads(line)
+
+
+def measure(row: Row, repeats: int, against: str, toy: bool, tick: Callable[[], object]) -> dict[str, Any]:
+    """One row of the table.
+
+    Args:
+        row: what to time.
+        repeats: runs after the first; every number of the row is their median.
+        against: "torch", or "" for our side alone.
+        toy: toy sizes.
+        tick: called after each run.
+
+    Raises:
+        ValueError: if the row's process fails.
+    """
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(Worker(row, torch=False, toy=toy))
+        theirs = None
+        if against and row.prepare_torch is not None:
+            theirs = stack.enter_context(Worker(row, torch=True, toy=toy))
+        runs, torch_runs = [], []
+        for _ in range(repeats):
+            runs.append(ours.run())
+            if theirs is not None:
+                torch_runs.append(theirs.run())
+            tick()
+        last = ours.finish()
+        torch_last = theirs.finish() if theirs is not None else {}
+
+    def median(values: list[float]) -> float | None:
+        return statistics.median(values) if values else None
+
+    parts, flops = last["parts"], last["flops"]
+    result: dict[str, Any] = {"name": row.name, "work": row.what, "repeats": repeats}
+    result["seconds"] = median([r["seconds"] / parts for r in runs])
+    result["cpu_seconds"] = median([r["cpu_seconds"] / parts for r in runs])
+    result["all_seconds"] = [r["seconds"] / parts for r in runs]
+    result["compile_seconds"] = ours.first["compile_seconds"]
+    result["peak_bytes"] = last["peak_bytes"]
+    if flops:
+        result["gflops"] = median([flops / r["seconds"] / 1e9 for r in runs])
+        result["ceiling_gflops"] = median([r["ceiling_gflops"] for r in runs])
+        result["ceiling_share"] = median([flops / r["seconds"] / 1e9 / r["ceiling_gflops"] for r in runs])
+    result["torch_seconds"] = median([r["seconds"] for r in torch_runs])
+    result["torch_cpu_seconds"] = median([r["cpu_seconds"] for r in torch_runs])
+    result["torch_peak_bytes"] = torch_last.get("peak_bytes")
+    result["ratio"] = median([t["seconds"] / r["seconds"] for t, r in zip(torch_runs, runs, strict=False)])
+    if against and theirs is None:
+        result["note"] = NO_PUBLIC_PACKAGE
+    return result
+
+
+def table(document: Mapping[str, Any]) -> str:
+    """The results as a markdown table."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    lines = [
+        "| row | work | seconds | CPU s | compile s | peak GiB | share of product rate | torch s | torch / ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        seconds = [cell(row.get(key), ".3g") for key in ("seconds", "cpu_seconds")]
+        share = "" if row["name"] == "matmul" else cell(row.get("ceiling_share"), ".0%")
+        if row["name"] == "matmul":
+            share = cell(row.get("gflops"), ".0f") + " GFLOP/s"
+        cells = [
+            row["name"],
+            row["work"],
+            *seconds,
+            cell(row["compile_seconds"], ".1f"),
+            cell(row["peak_bytes"] / 2**30, ".2f"),
+            share,
+            cell(row["torch_seconds"], ".3g"),
+            cell(row["ratio"], ".2f"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    machine = document["machine"]
+    first, *_, last = machine["load"]
+    lines += [
+        "",
+        f"{machine['cpus']} processors, {machine['platform']}, JAX {machine['jax']} on {machine['backend']}; "
+        f"load before the first and after the last row: {first:.1f}, {last:.1f}.",
+    ]
+    if any("note" in row for row in document["rows"]):
+        lines += ["", f"Rows without a ratio: {NO_PUBLIC_PACKAGE}"]
+    return "\n".join(lines) + "\n"
+
+
+def chosen_rows(names: str) -> list[Row]:
+    """The rows that `--rows` names, in the table's order; all for an empty text.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = sorted(set(wanted) - {row.name for row in ROWS})
+    if unknown:
+        raise ValueError(f"--rows names {', '.join(unknown)}; choose of {', '.join(row.name for row in ROWS)}.")
+    return [row for row in ROWS if not wanted or row.name in wanted]
+
+
+def check_torch() -> None:
+    """Raises ValueError unless the public PyTorch SAM is installed."""
+    missing = [name for name in ("torch", "segment_anything") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"--against=torch needs {' and '.join(missing)}; install them with pip install -e '.[parity]'."
+        )
+
+
+def run(rows: list[Row], repeats: int, against: str, toy: bool, save: Callable[[dict], object]) -> dict[str, Any]:
+    """Measures the rows one after another; `save` gets the document after each."""
+    machine: dict[str, Any] = {
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "load": [os.getloadavg()[0]],
+    }
+    document: dict[str, Any] = {"machine": machine, "against": against, "toy": toy, "rows": []}
+    with tqdm(total=len(rows) * repeats, unit="run") as bar:
+        for row in rows:
+            bar.set_description(row.name)
+            document["rows"].append(measure(row, repeats, against, toy, bar.update))
+            machine["load"].append(os.getloadavg()[0])
+            save(document)
+    return document
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("rows", "", "Rows to time, by name, separated by commas; default: all.")
+    flags.DEFINE_integer("repeats", 3, "Timed runs of each row after the first; their median counts.", lower_bound=1)
+    flags.DEFINE_enum("against", "", ["", "torch"], "Also time the public PyTorch SAM, turn by turn with ours.")
+    flags.DEFINE_bool("toy", False, "Toy sizes: tries the command in seconds; its times mean nothing.")
+    flags.DEFINE_string("out", "runs/benchmark", "Folder for benchmark.md and benchmark.json.")
+    flags.DEFINE_string("json", "", "Another place for the JSON file.")
+
+
+def main(argv: list[str]) -> int:
+    values = flags.FLAGS
+    if len(argv) > 1:
+        print(f"Error: unexpected argument {argv[1]!r}; every option is a --flag.", file=sys.stderr)
+        return 2
+    try:
+        rows = chosen_rows(values.rows)
+        if values.against:
+            check_torch()
+        out = Path(values.out)
+        file = Path(values.json) if values.json else out / "benchmark.json"
+
+        def save(document: dict[str, Any]) -> None:
+            write_json(file, document)
+            write_atomically(out / "benchmark.md", table(document))
+
+        print(table(run(rows, values.repeats, values.against, values.toy, save)))
+    except (ValueError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def cli() -> None:
+    """Console entry."""
+    define_flags()
+    app.run(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,130 @@
+"""The benchmark times every row in its own process, counts products rightly and writes both files."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from experiments import benchmark, benchmark_rows
+from sam_flax import Sam
+from sam_flax.config import MINI, VIT_B
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.benchmark", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_writes_its_table(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    done = command("--toy", "--repeats=2", "--rows=encoder_b,hluq_forward", f"--out={tmp_path}", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(file.read_text())
+    assert [row["name"] for row in document["rows"]] == ["encoder_b", "hluq_forward"]
+    for row in document["rows"]:
+        assert row["seconds"] > 0 and row["compile_seconds"] > 0 and row["ratio"] is None
+        assert len(row["all_seconds"]) == row["repeats"] == 2
+        # A Python process with JAX in it, and no more than toy arrays.
+        assert 2**27 < row["peak_bytes"] < 2**31
+    assert document["rows"][0]["ceiling_gflops"] > 0
+    markdown = (tmp_path / "benchmark.md").read_text()
+    assert markdown in done.stdout and "| hluq_forward |" in markdown
+
+
+def test_an_unknown_row_is_refused(tmp_path: Path) -> None:
+    done = command("--rows=encoder_x", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and "--rows names encoder_x; choose of matmul" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert [row.name for row in benchmark.chosen_rows("encoder_b,matmul")] == ["matmul", "encoder_b"]
+
+
+def test_torch_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs torch and segment_anything; install them with"):
+        benchmark.check_torch()
+
+
+class FakeWorker:
+    """Answers at once: ours takes 2, 4 and 6 seconds, the other side 6 each."""
+
+    def __init__(self, row: Any, torch: bool, toy: bool):
+        self.times = iter([6.0, 6.0, 6.0] if torch else [2.0, 6.0, 4.0])
+        self.first = {"compile_seconds": 1.0}
+
+    def __enter__(self) -> "FakeWorker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self) -> dict[str, float]:
+        seconds = next(self.times)
+        return {"seconds": seconds, "cpu_seconds": 2 * seconds, "ceiling_gflops": 10.0}
+
+    def finish(self) -> dict[str, Any]:
+        return {"peak_bytes": 1 << 30, "parts": 2, "flops": 2e10}
+
+
+def test_numbers_are_medians_and_ratios_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "Worker", FakeWorker)
+    row = dataclasses.replace(benchmark.chosen_rows("encoder_b")[0])
+    result = benchmark.measure(row, 3, "torch", True, lambda: None)
+    assert result["seconds"] == 2.0 and result["cpu_seconds"] == 4.0  # 4 seconds for two parts
+    assert result["ceiling_share"] == 0.5  # 20 GFLOP in 4 s of 10 GFLOP/s
+    assert result["ratio"] == 1.5 and result["torch_seconds"] == 6.0
+    alone = benchmark.measure(benchmark.chosen_rows("hluq_search")[0], 3, "torch", True, lambda: None)
+    assert alone["ratio"] is None and "No public PyTorch package" in alone["note"]
+
+
+def test_a_failing_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace(benchmark.ROWS[0], name="absent")  # which the process does not find
+    with pytest.raises(ValueError, match="row absent ended with exit code 1"):
+        benchmark.measure(row, 1, "", True, lambda: None)
+
+
+def product_flops(jaxpr: Any) -> float:
+    """Operations of the matrix products in a jaxpr, loops counted as often as they run."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+            total += 2.0 * equation.outvars[0].aval.size * depth
+        inner = sum(product_flops(sub) for sub in jaxprs_in_params(equation.params))
+        total += inner * equation.params.get("length", 1)
+    return total
+
+
+@pytest.mark.parametrize("config", [MINI, dataclasses.replace(VIT_B, depth=1, img_size=448, global_attn_indexes=())])
+def test_products_are_counted(config: Any) -> None:
+    sam = Sam(config)
+    params = jax.eval_shape(sam.init_params, jax.random.key(0))
+    images = jnp.zeros((1, config.img_size, config.img_size, 3))
+    traced = jax.make_jaxpr(lambda p, x: sam.apply({"params": p}, x, method="encode_image"))(params, images)
+    assert product_flops(traced.jaxpr) == benchmark_rows.encoder_flops(config)
+
+
+def test_spans_of_compilation_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    listeners: list[Callable[..., None]] = []
+    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
+    clock = benchmark_rows.CompileClock()
+    now: Iterator[float] = iter([2.0, 3.0, 9.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    note = listeners[0]
+    note("/jax/core/compile/jaxpr_trace_duration", 1.0)  # 1..2
+    note("/jax/core/compile/jaxpr_trace_duration", 3.0)  # 0..3, around it
+    note("/jax/core/compile/backend_compile_duration", 4.0)  # 5..9
+    note("/jax/compilation_cache/other", 100.0)
+    assert clock.seconds() == 7.0
