@@ -1,5 +1,6 @@
 """AHCPTQ in JAX: post-training quantization of Segment Anything as functions over parameter pytrees."""
 
+from ahcptq_jax.artefact import load as load
 from ahcptq_jax.config import METHODS as METHODS
 from ahcptq_jax.config import W4A4 as W4A4
 from ahcptq_jax.config import W5A5 as W5A5

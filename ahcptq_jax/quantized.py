@@ -1,8 +1,10 @@
 """`Quantized`: a SAM whose weights are packed b-bit codes and whose activations pass through quantizers."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +159,12 @@ class Quantized:
     def float_params(self) -> Params:
         """All parameters in floating point, quantized weights decoded."""
         return with_decoded(self.params, self.weights)
+
+    def save(self, path: str | os.PathLike[str], remainder: Literal["fp16", "fp32"] = "fp16") -> None:
+        """Writes the model as one safetensors file, which `ahcptq_jax.load` reads; see `ahcptq_jax.artefact.save`."""
+        from ahcptq_jax import artefact  # It imports this module.
+
+        artefact.save(self, path, remainder)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held: `fp32` before quantization, `quantized` now (packed codes, quantizers, float remainder)."""

@@ -1,6 +1,7 @@
 """Quantizes a SAM, evaluates it before and after, and reports.
 
     python -m experiments.main --flagfile=w4a4.flags
+    python -m experiments.main --flagfile=w4a4.flags --artefact=runs/w4a4/quantized.safetensors --out=runs/again
     python -m experiments.main --flagfile=w4a4.flags --checkpoint=sam_vit_b_01ec64.pth \
         --images=coco/val2017 --annotations=coco/annotations/instances_val2017.json \
         --calib_images=coco/train2017 --calib_annotations=coco/annotations/instances_train2017.json
@@ -101,7 +102,8 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         sam, params = load_sam(options.checkpoint)
         dataset = evaluation_set(options, sam.config)
         boxes = coco.load_boxes(options.boxes, dataset)
-        calib = calibration_set(options, sam.config) if options.method != "fp" else []
+        saved = ahcptq_jax.load(options.artefact, sam.config) if options.artefact else None
+        calib = calibration_set(options, sam.config) if options.method != "fp" and saved is None else []
         _check_images(dataset)
     _say(
         f"{options.checkpoint}: {sum(a.size for a in jax.tree.leaves(params)):,} parameters; "
@@ -134,24 +136,33 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
     examples: list[report.Example] = []
     layers: list[report.HybridPanel | report.GroupPanel] = []
     if options.method != "fp":
-        quant_config = options.quant_config()
-        with _timed(seconds, "quantize"):
-            quantized = quantize_model(sam, params, calib, quant_config, progress=True)
-            jax.block_until_ready(jax.tree.leaves(quantized))
+        artefact = Path(options.artefact or out / "quantized.safetensors")
+        if saved is None:
+            with _timed(seconds, "quantize"):
+                quantized = quantize_model(sam, params, calib, options.quant_config(), progress=True)
+                out.mkdir(parents=True, exist_ok=True)
+                quantized.save(artefact)
+            # What is scored is what the file holds, its float part rounded as in the file.
+            saved = ahcptq_jax.load(artefact)
+        quantized, quant_config = saved, saved.quant_config
+        if options.artefact:
+            bits = {"w_bits": quant_config.w_bits, "a_bits": quant_config.a_bits}
+            results["config"] |= {"method": "artefact", **bits}
         arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(quantized)]
         quantized_id = _fingerprint([*arrays, np.array(repr(quant_config))])
         with _timed(seconds, "evaluate_quantized"):
             scored = score("quantized", quantized, quantized_id)
         results["quantized"] = dict(scored.metrics)
         results["agreement_mIoU"] = evaluate.agreement_miou(fp.images, scored.images)
-        results["bytes"] = quantized.nbytes()
+        results["bytes"]["quantized"] = artefact.stat().st_size
         results["quant_config"] = dataclasses.asdict(quant_config)
         if options.blank:
             with _timed(seconds, "evaluate_blank"):
                 results["quantized_blank"] = dict(score("quantized", quantized, quantized_id, blank=True).metrics)
         with _timed(seconds, "report"):
             examples = report.make_examples(dataset, boxes, fp, scored)
-            layers = panels.layer_panels(quantized, SamModel(sam, params), calib)
+            if calib:
+                layers = panels.layer_panels(quantized, SamModel(sam, params), calib)
     if options.blank:
         with _timed(seconds, "evaluate_blank"):
             results["fp_blank"] = dict(score("fp", fp_model, model_id, blank=True).metrics)
@@ -162,7 +173,7 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
 
     notes = [*dataset.notes(), *boxes.notes]
     write_atomically(out / "flags.txt", _flag_lines(options))
-    report.write_report(out, results, examples, layers, title=_title(options), notes=notes)
+    report.write_report(out, results, examples, layers, title=_title(results["config"]), notes=notes)
     write_json(out / "results.json", results)
     if journal is None:
         # They serve interrupted runs only: a later run may be one of other code.
@@ -191,11 +202,11 @@ def _check_images(dataset: coco.CocoDataset) -> None:
         pass
 
 
-def _title(options: Options) -> str:
-    name = "MINI" if options.checkpoint == "mini" else Path(options.checkpoint).name
-    if options.method == "fp":
+def _title(config: dict[str, Any]) -> str:
+    name = "MINI" if config["checkpoint"] == "mini" else Path(config["checkpoint"]).name
+    if config["method"] == "fp":
         return f"{name}, floating point"
-    return f"{name}, W{options.w_bits}A{options.a_bits} {options.method}"
+    return f"{name}, W{config['w_bits']}A{config['a_bits']} {config['method']}"
 
 
 def _flag_lines(options: Options) -> str:

@@ -18,6 +18,7 @@ class Options:
     calib_images: str = ""
     calib_annotations: str = ""
     boxes: str = "gt"
+    artefact: str = ""
     method: str = "ahcptq"
     w_bits: int = 4
     a_bits: int = 4
@@ -45,6 +46,8 @@ class Options:
         for name in ("checkpoint", "boxes", "out"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is empty; leave it out for {getattr(type(self), name)!r}.")
+        if self.artefact and self.method == "fp":
+            raise ValueError("--artefact is a quantized model and --method=fp evaluates none; leave one of them out.")
         if self.boxes != "gt" and not self.images:
             raise ValueError(
                 f"--boxes={self.boxes} names a detector's results, which need the --images and --annotations that "
@@ -73,6 +76,7 @@ def define_flags() -> None:
     flags.DEFINE_string("calib_images", d.calib_images, "COCO image folder to calibrate on; default: scenes.")
     flags.DEFINE_string("calib_annotations", d.calib_annotations, "Its COCO instances JSON.")
     flags.DEFINE_string("boxes", d.boxes, "'gt', or a COCO results JSON of a detector, as box prompts.")
+    flags.DEFINE_string("artefact", d.artefact, "A quantized.safetensors to evaluate in place of quantizing.")
     flags.DEFINE_enum("method", d.method, ["fp", *METHODS], "Quantization method; 'fp' evaluates the float model.")
     flags.DEFINE_integer("w_bits", d.w_bits, "Bits of weights, 2 to 8.")
     flags.DEFINE_integer("a_bits", d.a_bits, "Bits of activations, 2 to 8.")

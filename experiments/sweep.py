@@ -148,6 +148,8 @@ def main(argv: list[str]) -> int:
     try:
         settings = parse_settings(flags.FLAGS.methods, flags.FLAGS.bits)
         base = options_from_flags()
+        if base.artefact:
+            raise ValueError("--artefact is one finished model and a sweep makes many; give it to experiments.main.")
         print(sweep(base, settings, flags.FLAGS.seeds, Path(base.out)))
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -221,6 +221,11 @@ def _table(d: _Dims) -> list[_Entry]:
     return entries
 
 
+def parameter_shapes(config: SamConfig) -> dict[str, Shape]:
+    """Path -> shape of every parameter of a model."""
+    return {entry.path: entry.shape for entry in _table(_Dims.from_config(config))}
+
+
 # ---------------------------------------------------------------------------------------------- reading files
 
 
@@ -756,7 +761,7 @@ def _from_own(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str,
             f"{source} is of format version {metadata.get('version')!r} and this package reads "
             f"{VERSION!r}; use the package version that wrote it."
         )
-    config = _parse_config(metadata.get("config", ""), source)
+    config = parse_config(metadata.get("config", ""), source)
     counts = (config.depth, config.decoder_depth, config.num_multimask_outputs, config.iou_head_depth)
     if max(counts) > len(tensors):
         raise ValueError(f"{source} has a configuration of more layers than its {len(tensors)} tensors; save it again.")
@@ -765,8 +770,12 @@ def _from_own(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str,
     return config, _nest({k: _as_float(k, v, source) for k, v in tensors.items()})
 
 
-def _parse_config(text: str, source: str) -> SamConfig:
-    """The configuration in a file's metadata, with its types checked: the file may come from anywhere."""
+def parse_config(text: str, source: str) -> SamConfig:
+    """The configuration in a file's metadata, with its types checked: the file may come from anywhere.
+
+    Raises:
+        ValueError: if it is no configuration; the sentence starts with `source`.
+    """
     remedy = "save it again with save_params"
     try:
         values = json.loads(text)
@@ -835,6 +844,8 @@ def load_sam(path: PathLike, *, decoder_num_heads: int | None = None) -> "tuple[
                     f"{source} was saved with decoder_num_heads={config.decoder_num_heads}, not "
                     f"{decoder_num_heads}; leave the argument out."
                 )
+        elif metadata.get("format") == "ahcptq_jax":
+            raise ValueError(f"{source} is a quantized model; load it with ahcptq_jax.load.")
         else:
             config, params = _convert(tensors, decoder_num_heads, source)
     return Sam(config), jax.tree.map(jnp.asarray, params)

@@ -42,7 +42,8 @@ def test_results_are_complete(job: tuple[Path, str]) -> None:
         assert METRICS <= results[key].keys()
     assert results["fp"]["AP"] > 40 > results["fp_blank"]["AP"], "MINI looks at the image"
     assert 0.5 < results["agreement_mIoU"] <= 1
-    assert results["bytes"]["quantized"] < 0.4 * results["bytes"]["fp32"]
+    assert results["bytes"]["quantized"] == (job[0] / "quantized.safetensors").stat().st_size
+    assert results["bytes"]["quantized"] < 0.21 * results["bytes"]["fp32"]
     assert {"load", "evaluate_fp", "quantize", "evaluate_quantized"} <= results["seconds"].keys()
     assert results["config"]["w_bits"] == 4
     assert "quantized" in job[1] and "agreement" in job[1]
@@ -55,6 +56,26 @@ def test_report_is_one_self_contained_file(job: tuple[Path, str]) -> None:
         assert attribute not in page
     for text in ("Floating point", "Quantized", "HLUQ", "CAG", "breakpoint"):
         assert text in page
+
+
+def test_a_saved_artefact_scores_the_same_without_calibration(
+    job: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("calibrated although an artefact was given")
+
+    monkeypatch.setattr(main_job, "quantize_model", never)
+    monkeypatch.setattr(main_job, "calibration_set", never)
+    artefact = str(job[0] / "quantized.safetensors")
+    # Its bits are the file's, not the flags'.
+    options = Options(artefact=artefact, w_bits=8, num_scenes=4, blank=False, out=str(tmp_path))
+    results, first = main_job.run(options), json.loads((job[0] / "results.json").read_text())
+    for key in ("quantized", "agreement_mIoU", "bytes", "quant_config"):
+        assert json.loads(json.dumps(results[key])) == first[key]
+    assert results["config"]["w_bits"] == 4 and "W4A4 artefact" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match="another model"), pytest.warns(UserWarning, match="heads"):
+        main_job.run(Options(artefact=artefact, checkpoint=str(DATA / "sam_tiny_s0.pth"), out=str(tmp_path / "b")))
+    assert not (tmp_path / "b").exists()
 
 
 def test_resolved_flags_repeat_the_run(job: tuple[Path, str]) -> None:
@@ -138,6 +159,9 @@ BAD_INPUTS: list[tuple[dict[str, Any], str]] = [
     ({"w_bits": 9}, "w_bits=9"),
     ({"a_bits": 1}, "a_bits=1"),
     ({"groups": -1}, "groups=-1"),
+    ({"artefact": "{d}/none.safetensors"}, "does not exist"),
+    ({"artefact": "{d}/resnet.safetensors"}, "Quantized.save"),
+    ({"artefact": "{d}/a.jpg"}, "Quantized.save"),
     ({"method": "magic"}, "magic"),
     ({"num_calib": 0}, "--num_calib=0"),
     ({"out": "{d}/a.jpg/out"}, "--out"),

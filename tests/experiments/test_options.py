@@ -29,6 +29,7 @@ from experiments.options import Options
         ({"boxes": "detections.json"}, "--boxes=detections.json names a detector's results, which need the --images"),
         ({"boxes": ""}, "--boxes is empty; leave it out for 'gt'"),
         ({"checkpoint": ""}, "--checkpoint is empty; leave it out for 'mini'"),
+        ({"artefact": "a", "method": "fp"}, "--artefact is a quantized model and --method=fp evaluates none"),
         ({"out": ""}, "--out is empty; leave it out for 'runs/main'"),
     ],
 )
