@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
 from sam_flax.config import SamConfig
 from sam_flax.image_encoder import Block, Neck, PatchEmbed
 from sam_flax.sam import Params, Points, Sam, apply_embed, call, check_canvas, encoder_stages
+
+if TYPE_CHECKING:
+    from ahcptq_jax.summary import Summary
 
 
 @partial(
@@ -165,6 +168,12 @@ class Quantized:
         from ahcptq_jax import artefact  # It imports this module.
 
         artefact.save(self, path, remainder)
+
+    def summary(self, remainder: Literal["fp16", "fp32"] = "fp16") -> "Summary":
+        """What every layer became and weighs in the file of `save`; print it for a table."""
+        from ahcptq_jax import summary  # It imports this module.
+
+        return summary.summarize(self, remainder)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held: `fp32` before quantization, `quantized` now (packed codes, quantizers, float remainder)."""
