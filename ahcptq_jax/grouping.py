@@ -284,6 +284,33 @@ def group_channels(
     return _ladder(scale, zero_point, (num_groups,), metric, bits)[0]
 
 
+@functools.partial(jax.jit, static_argnames=("room", "metric", "bits"))
+def group_padded(
+    scale: jax.Array, zero_point: jax.Array, wanted: jax.Array, *, room: int, metric: str, bits: int
+) -> ChannelGroups:
+    """`group_channels` of one layer for a traced number of groups: any rung of a ladder is the same program.
+
+    Args:
+        scale: ``(C,)``.
+        zero_point: ``(C,)``.
+        wanted: number of groups, 1 to `room`.
+        room: most groups ever wanted, at most C; more than 1.
+        metric: see `group_channels`.
+        bits: width of the codes.
+
+    Returns:
+        ``(C,)`` arrays; places beyond the groups wanted repeat the first group and have no channel.
+    """
+    scale, zero_point = _check(scale, zero_point, room, metric, bits)
+    channels = scale.shape[0]
+    scale, zero_point, labels = _group(scale, zero_point, jnp.ones_like(scale), room, wanted, metric, bits)
+    used = jnp.arange(room) < wanted
+    scale, zero_point = (
+        jnp.pad(jnp.where(used, a, a[0]), (0, channels - room), mode="edge") for a in (scale, zero_point)
+    )
+    return ChannelGroups(scale, zero_point, labels)
+
+
 def ladder_stages(num_groups: int) -> tuple[int, ...]:
     """The paper's progressive numbers of groups: 8G, 4G, 2G, G."""
     return tuple(num_groups * factor for factor in (8, 4, 2, 1))

@@ -86,11 +86,12 @@ def attention(
         return attend(q, k, v, bias_h, bias_w)
 
     chunk = QUERY_CHUNK if n % QUERY_CHUNK == 0 else n
+    attend_again = jax.checkpoint(attend)  # A gradient, too, holds one chunk's map at a time.
 
     def one_head(head: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v, bh, bw = head
         chunks = [a.reshape(n // chunk, chunk, a.shape[-1]) for a in (q, bh, bw)]
-        out = jax.lax.map(lambda c: attend(c[0], k, v, c[1], c[2]), chunks)
+        out = jax.lax.map(lambda c: attend_again(c[0], k, v, c[1], c[2]), chunks)
         return out.reshape(n, d)
 
     return jax.lax.map(one_head, (q, k, v, bias_h, bias_w))

@@ -21,7 +21,7 @@ from sam_flax.image_encoder import (
     window_partition,
     window_unpartition,
 )
-from sam_flax.layers import Conv, PatchConv, Site, UpConv
+from sam_flax.layers import Conv, PatchConv, Site, UpConv, project
 from sam_flax.sam import _random_like, apply_embed, apply_stage, encoder_stages
 
 CASES = ("box1", "box3", "points", "points_pad", "mask", "box1_points", "box1_mask")
@@ -229,6 +229,20 @@ def test_attention_in_chunks_equals_direct(monkeypatch, chunk):
     assert_close(out, direct)
     for got, want in zip(gradients, direct_gradients, strict=True):
         assert_close(got, want)
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(6, 9), (9, 6)])
+def test_projection_and_its_gradient_equal_the_plain_product(inside, outside):
+    rng = np.random.default_rng(0)
+    x, kernel, cotangent = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in [(2, 3, inside), (inside, outside), (2, 3, outside)]
+    )
+    out, pull_back = jax.vjp(project, x, kernel)
+    want, pull_back_want = jax.vjp(jnp.matmul, x, kernel)
+    assert_close(out, want, 0)
+    for got, gradient in zip(pull_back(cotangent), pull_back_want(cotangent), strict=True):
+        assert_close(got, gradient)
 
 
 def random_params(module: nn.Module, *args: Any) -> Any:

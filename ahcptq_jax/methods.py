@@ -1,0 +1,46 @@
+"""Quantization methods with reconstruction, each a record of switches over one code path.
+
+The baselines named after papers share our calibration, our units and our corrections (METHOD 7), and so differ from
+one another in what their papers propose and in nothing else.
+"""
+
+import dataclasses
+from typing import Any
+
+from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.learning import ReconstructionConfig
+
+_UNIFORM = {"hluq": False, "cag": False, "big": False, "agq": False}
+_NO_DROP = {"input_drop": 0.0, "activation_drop": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method as it differs from the defaults of the two configurations.
+
+    Attributes:
+        quantization: fields of `QuantConfig`.
+        reconstruction: fields of `ReconstructionConfig`.
+    """
+
+    quantization: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reconstruction: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def quant_config(self, **overrides: Any) -> QuantConfig:
+        """Its quantizers, `overrides` (bits, seed, ablations) on top."""
+        return QuantConfig(**(self.quantization | overrides))
+
+    def reconstruction_config(self, **overrides: Any) -> ReconstructionConfig:
+        """Its reconstruction, `overrides` (iterations, seed, ablations) on top."""
+        return ReconstructionConfig(**(self.reconstruction | overrides))
+
+
+RECONSTRUCTION_METHODS: dict[str, Method] = {
+    # Weights alone are learned, and in floating-point company: neither inputs nor activations are quantized.
+    "adaround": Method(_UNIFORM, {"learn_scales": False, "input_drop": 1.0, "activation_drop": 1.0}),
+    # Block by block on quantized inputs, activation scales learned with the rounding (arXiv 2102.05426).
+    "brecq": Method(_UNIFORM, _NO_DROP),
+    "qdrop": Method(_UNIFORM),
+    "ptq4sam_l": Method({"hluq": False, "cag": False}),
+    "ahcptq": Method(),
+}

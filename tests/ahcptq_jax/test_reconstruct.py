@@ -1,0 +1,647 @@
+"""Reconstruction on a SAM of three tiny blocks: units, learning, grouping, resuming, refusals."""
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ahcptq_jax import blocks, checkpoints, learning
+from ahcptq_jax import reconstruct as job
+from ahcptq_jax.blocks import PARTS, decoder_units, encoder_units, gather, run_unit
+from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.learning import ReconstructionConfig
+from ahcptq_jax.methods import RECONSTRUCTION_METHODS
+from ahcptq_jax.quantized import Quantized, QuantizedWeight
+from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
+from ahcptq_jax.recipe import site_kind, weight_path
+from ahcptq_jax.reconstruct import reconstruct
+from ahcptq_jax.sites import flatten, intercept_sites, unflatten
+from experiments import coco, evaluate, scenes
+from sam_flax import VIT_B, Sam, SamConfig, SamModel, SamPredictor, load_sam
+from sam_flax.layers import MLPBlock
+
+BITS = 3
+IMAGES = 3
+GROUPS = 2
+START = QuantConfig(w_bits=BITS, a_bits=4, groups=0)
+TARGET = dataclasses.replace(START, groups=GROUPS)
+# One configuration for nearly all tests, so that each unit's step is compiled once.
+CONFIG = ReconstructionConfig(iterations=40, batch=2, chunk=7, rounding_rate=0.02, scale_rate=2e-3)
+
+
+@pytest.fixture(scope="module")
+def sam():
+    return Sam(
+        SamConfig(
+            img_size=32,
+            patch_size=8,
+            embed_dim=16,
+            depth=3,
+            num_heads=2,
+            window_size=2,
+            global_attn_indexes=(2,),
+            mlp_ratio=2.0,
+            out_chans=16,
+            mask_in_chans=4,
+            decoder_depth=1,
+            decoder_num_heads=2,
+            decoder_mlp_dim=32,
+            num_multimask_outputs=1,
+            iou_head_depth=2,
+            iou_head_hidden_dim=16,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def params(sam):
+    return sam.init_params(jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return list(np.random.default_rng(0).normal(size=(IMAGES, 32, 32, 3)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def boxes():
+    corners = np.random.default_rng(1).uniform(0, 15, size=(IMAGES, 2, 4)).astype(np.float32)
+    return list(corners + np.array([0, 0, 16, 16], np.float32))
+
+
+def calibrate(sam, params, images, boxes):
+    """Per-channel ranges over the images; `quantize_model` gives the same kinds, and compiles for a minute."""
+
+    @jax.jit
+    def ranges(params, image, prompts):
+        seen = {}
+
+        def note(path, value):
+            if not isinstance(value, tuple):
+                seen[path] = value.reshape(-1, value.shape[-1])
+            return value
+
+        with intercept_sites(note):
+            sam.apply({"params": params}, image, None, prompts)
+        return {path: (x.min(0), x.max(0)) for path, x in seen.items()}
+
+    low, high = {}, {}
+    for image, prompts in zip(images, boxes, strict=True):
+        for path, (a, b) in ranges(params, image[None], prompts).items():
+            low[path] = np.minimum(low.get(path, np.inf), a)
+            high[path] = np.maximum(high.get(path, -np.inf), b)
+    activations = {}
+    for path in low:
+        a, b = low[path].min(), high[path].max()
+        match site_kind(path, START):
+            case "uniform":
+                activations[path] = Uniform.from_range(a, b, 4)
+            case "grouped":
+                channels = Uniform.from_range(low[path], high[path], 4)
+                activations[path] = Grouped(channels.scale, channels.zero_point, jnp.arange(low[path].size), 4)
+            case "hybrid":
+                activations[path] = Hybrid.from_range(a, b - a, 0.3, 0.25, 4)
+            case "log2":
+                activations[path] = Log2(jnp.float32(b), jnp.int32(2), 4)
+    flat, weights = flatten(params), {}
+    for site in activations:
+        if (layer := weight_path(site)) is not None:
+            kernel = np.asarray(flat.pop(f"{layer}/kernel"))
+            matrix = kernel.reshape(-1, kernel.shape[-1])
+            uniform = Uniform.from_range(matrix.min(0), matrix.max(0), BITS)
+            weights[layer] = QuantizedWeight.from_codes(uniform.encode(kernel), uniform.scale, uniform.zero_point, BITS)
+    return Quantized(unflatten(flat), weights, activations, sam, START)
+
+
+@pytest.fixture(scope="module")
+def calibrated(sam, params, images, boxes):
+    return calibrate(sam, params, images, boxes)
+
+
+@pytest.fixture(scope="module")
+def run(sam, params, calibrated, images, boxes):
+    """`reconstruct` on the tiny model; changes of the configuration as keywords."""
+
+    def run(state_dir=None, on_unit=None, **changes) -> Quantized:
+        config = dataclasses.replace(CONFIG, **changes)
+        args = sam, params, calibrated, images, boxes, config
+        return reconstruct(*args, target=TARGET, state_dir=state_dir, on_unit=on_unit)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """Counted by `finished`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(run, compilations):
+    """The result, and the report of every unit."""
+    reports = []
+    learning.advance.clear_cache()
+    result = run(on_unit=reports.append)
+    compilations["steps"] = learning.advance._cache_size()
+    return result, reports
+
+
+def assert_same(a: Quantized, b: Quantized) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for path, x in jax.tree_util.tree_leaves_with_path(a):
+        y = dict(jax.tree_util.tree_leaves_with_path(b))[path]
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+# --- Units ------------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_one_kind_are_one_operation():
+    units = encoder_units(Sam(VIT_B))
+    assert len(units) == 2 * VIT_B.depth + 1
+    # Windowed attention, global attention, MLP, neck.
+    assert len({unit.operation for unit in units}) == 4
+    units = decoder_units(Sam(VIT_B))
+    assert len(units) == 2 * 4 + 1
+    assert len({unit.operation for unit in units}) == 3
+
+
+def test_units_in_turn_are_the_encoder(sam, params, images):
+    x = sam.apply({"params": params}, images[0][None], method=lambda m, i: m.image_encoder.patch_embed(i))
+    x = x + params["image_encoder"]["pos_embed"]
+    for unit in encoder_units(sam):
+        x = run_unit(unit.operation, unflatten(unit.own(flatten(params))), {}, {}, (x,))
+    expected = jax.jit(lambda p, i: sam.apply({"params": p}, i, method="encode_image"))(params, images[0][None])
+    np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_captured_inputs_give_the_captured_outputs(sam, params, boxes):
+    units = decoder_units(sam)
+    embedding = np.random.default_rng(0).normal(size=(1, 4, 4, 16)).astype(np.float32)
+    found = blocks.capture_decoder(sam, params, {}, {}, embedding, boxes[0], names=tuple(unit.name for unit in units))
+    for unit in units:
+        args, output = found[unit.name]
+        again = run_unit(unit.operation, unflatten(unit.own(flatten(params))), {}, {}, args)
+        np.testing.assert_allclose(again, output, rtol=1e-4, atol=1e-5)
+
+
+def test_gather_spills_to_disk(tmp_path):
+    rows = [(np.full((2, 3), i, np.float32), np.full(4, -i, np.float32)) for i in range(5)]
+    inside, outside = gather(rows, 5, 5 * 40, tmp_path), gather(rows, 5, 5 * 40 - 1, tmp_path)
+    assert not isinstance(inside[0], np.memmap) and isinstance(outside[0], np.memmap)
+    for a, b in zip(inside, outside, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not list(tmp_path.iterdir())
+
+
+def test_signs_of_big_are_found_again(params, calibrated):
+    layer = "mask_decoder/transformer/final_attn_token_to_image/k_proj"
+    weight = calibrated.weights[layer]
+    signs = np.where(np.arange(8) % 3, 1.0, -1.0).astype(np.float32)
+    codes = Uniform(weight.scale, weight.zero_point, BITS).encode(np.asarray(weight.decode()) * signs)
+    odd = QuantizedWeight.from_codes(codes, weight.scale, weight.zero_point, BITS)
+    flat = flatten(calibrated.params)
+    flat |= {f"{layer}/bias": jnp.arange(8.0)}
+    flipped = dataclasses.replace(calibrated, params=unflatten(flat), weights=calibrated.weights | {layer: odd})
+    before, after = flatten(params), flatten(blocks.align_signs(params, flipped))
+    np.testing.assert_array_equal(after[f"{layer}/kernel"], before[f"{layer}/kernel"] * signs)
+    np.testing.assert_array_equal(after[f"{layer}/bias"], np.arange(8.0))
+    same = set(before) - {f"{layer}/kernel", f"{layer}/bias"}
+    assert all(np.array_equal(before[path], after[path]) for path in same)
+
+
+# --- Result -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_unit_is_done_in_forward_order(sam, finished):
+    names = [report.name for report in finished[1]]
+    assert names == [unit.name for unit in encoder_units(sam) + decoder_units(sam)]
+    assert {unit.part for unit in encoder_units(sam) + decoder_units(sam)} == set(PARTS)
+
+
+def test_every_layer_is_hard_and_nothing_is_random(finished, images, boxes):
+    quantized, _ = finished
+    for layer, weight in quantized.weights.items():
+        values = np.asarray(weight.decode()).reshape(-1, weight.shape[-1])
+        distinct = [len(np.unique(column)) for column in values.T]
+        assert max(distinct) <= 2**BITS, layer
+    assert len(quantized.weights) > 2 * len(encoder_units(quantized.sam))  # units of several layers are among them
+    for path, quantizer in quantized.activations.items():
+        quantizer.validate()
+        assert not isinstance(quantizer, Grouped) or quantizer.scale.shape == (GROUPS,), path
+    assert quantized.quant_config == TARGET
+    embedding = quantized.encode_image(images[0][None])
+    np.testing.assert_array_equal(embedding, quantized.encode_image(images[0][None]))
+    logits, iou = quantized.decode(embedding, boxes=boxes[0])
+    assert np.isfinite(logits).all() and np.isfinite(iou).all()
+
+
+def test_rounding_and_scales_were_learned(finished, calibrated):
+    quantized, _ = finished
+    for layer, weight in quantized.weights.items():
+        before = calibrated.weights[layer]
+        np.testing.assert_array_equal(weight.scale, before.scale)
+        changed = np.mean(np.asarray(weight.codes()) != np.asarray(before.codes()))
+        assert 0 < changed < 0.5, layer
+        # A weight goes to one of its two neighbours.
+        assert np.abs(np.asarray(weight.codes(), int) - np.asarray(before.codes(), int)).max() == 1
+    for path, quantizer in quantized.activations.items():
+        if isinstance(quantizer, Uniform):
+            assert float(quantizer.scale) != float(calibrated.activations[path].scale), path
+
+
+def test_learning_lowers_the_errors(run, finished):
+    plain: list[job.UnitReport] = []
+    untouched = run(on_unit=plain.append, parts=())
+    learned = finished[1]
+    better = [a.after < b.after for a, b in zip(learned, plain, strict=True)]
+    assert sum(better) >= len(better) - 2
+    assert sum(a.after for a in learned) < 0.9 * sum(b.after for b in plain)
+    # Without learning, channels are grouped and codes stay.
+    assert {q.scale.shape for q in untouched.activations.values() if isinstance(q, Grouped)} == {(GROUPS,)}
+
+
+def test_each_shape_is_compiled_once(finished, compilations):
+    del finished
+    # Attention windowed and global, MLP, neck; in the decoder self, token to image (twice), image to token, MLP.
+    assert compilations["steps"] == 8
+
+
+# --- Learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_mix(share):
+    mixed = learning._mix(jnp.array([1, 2], jnp.uint32), jnp.zeros((100, 100)), jnp.ones((100, 100)), share)
+    assert abs(float(mixed.mean()) - share) < 0.02
+    assert share not in (0.0, 1.0) or float(mixed.mean()) == share
+
+
+def test_learned_gradients_are_the_official_ones(golden):
+    """Of a step without drops; `test_quantizers` has every quantizer, `test_adaround` the rounding."""
+    g = golden("grads_s0")
+    labels, zero = jnp.asarray(g["group_labels"]), jnp.asarray(g["group_zp"])
+    quantizers = learning.roomy(Grouped(g["group_scales"], zero, labels, int(g["bits"])))
+
+    def loss(scale):
+        handle = learning._dropping({"input": dataclasses.replace(quantizers, scale=scale)}, jnp.zeros((1, 2)), 0.0)
+        return jnp.sum(handle("input", jnp.asarray(g["x"])) * g["grad_out"])
+
+    found = np.asarray(jax.grad(loss)(quantizers.scale))
+    groups = len(g["group_scales"])
+    np.testing.assert_allclose(found[:groups], g["group_grad_scales"], atol=1e-5)
+    assert not found[groups:].any()  # the room for more groups
+
+
+def test_drops_are_independent():
+    """Uniform words, without correlation between neighbours, rows, seeds, or bits."""
+    seeds = jax.random.bits(jax.random.key(0), (4, 2), jnp.uint32)
+    words = np.stack([np.asarray(learning._random_words(seed, (512, 512))) for seed in seeds])
+    drops = (words >> 31).astype(float) * 2 - 1
+    limit = 5 / 512  # five deviations of a mean over 512 * 512 signs
+    assert np.abs(drops.mean((1, 2))).max() < limit
+    for a, b in [
+        (drops[:, :, 1:], drops[:, :, :-1]),
+        (drops[:, 1:], drops[:, :-1]),
+        (drops[1:], drops[:-1]),
+        (drops, (words >> 30 & 1) * 2.0 - 1),
+    ]:
+        assert np.abs((a * b).mean((1, 2))).max() < limit
+    counts, _ = np.histogram(words, 256, (0, 2**32))
+    assert (np.square(counts - words.size / 256).sum() / (words.size / 256)) < 256 + 5 * 22.6  # chi squared
+
+
+def test_rates_keep_their_travel_in_few_iterations():
+    assert ReconstructionConfig().rates() == (1e-3, 4e-5)
+    np.testing.assert_allclose(ReconstructionConfig(iterations=200).rates(), (1e-2, 4e-4))
+    assert ReconstructionConfig(iterations=200, rounding_rate=0.5).rates()[0] == 0.5
+
+
+def test_chunks_from_disk_fit_the_memory(tmp_path):
+    rows = [(np.full((1, 10), i, np.float32),) * 3 for i in range(6)]
+    arrays = gather(rows, 6, 0, tmp_path)
+    data = blocks.Dataset(arrays[:1], arrays[1:2], arrays[2])
+    feed = blocks.Feeder(data, 50, 2, budget=5 * 120)
+    assert feed.chunk == 2  # iterations of two rows of 120 bytes
+    (quantized, _, target), places = feed(np.array([[4, 1], [1, 1]]))
+    assert len(target) == 4
+    np.testing.assert_array_equal(quantized[0][places][..., 0, 0], [[4, 1], [1, 1]])
+    assert blocks.Feeder(data, 50, 1, budget=1).chunk == 1
+    inside = gather(rows, 6, 10**6, tmp_path)
+    assert blocks.Feeder(blocks.Dataset(inside[:1], inside[1:2], inside[2]), 50, 1, budget=1).chunk == 50
+
+
+def test_regrouping_keeps_the_room_and_sums_the_moments():
+    scale = jnp.array([0.1, 0.11, 0.5, 0.52, 0.9, 0.91])
+    zero = jnp.array([0.0, 0, 8, 8, 15, 15])
+    quantizers = {"input": Grouped(scale, zero, jnp.arange(6), 4), "q": Uniform(jnp.float32(1), jnp.float32(0), 4)}
+    _, state = learning.start({}, {}, quantizers, CONFIG)
+    adam, *rest = state.scale_moments
+    mu, nu = adam.mu | {"input": {"scale": jnp.arange(6.0)}}, adam.nu | {"input": {"scale": jnp.arange(6.0) ** 2}}
+    state = dataclasses.replace(state, scale_moments=(adam._replace(mu=mu, nu=nu), *rest))
+    grouped = learning.regroup(state, 3, 2, "normalized")
+    found = grouped.quantizers["input"]
+    assert jax.tree.map(jnp.shape, grouped) == jax.tree.map(jnp.shape, state)
+    labels = np.asarray(found.groups)
+    assert len(set(labels)) == 3 and (labels[::2] == labels[1::2]).all()
+    np.testing.assert_allclose(found.per_channel().scale, np.repeat([0.105, 0.51, 0.905], 2), rtol=1e-5)
+    moments = grouped.scale_moments[0]
+    np.testing.assert_allclose(moments.mu["input"]["scale"][labels[::2]], [1, 5, 9], rtol=1e-6)
+    np.testing.assert_allclose(moments.nu["input"]["scale"][labels[::2]], [1, 25, 81], rtol=1e-5)
+    # A second rung counts a group of several channels once.
+    again = learning.regroup(grouped, 2, 2, "normalized")
+    assert len(set(np.asarray(again.quantizers["input"].groups))) == 2
+    np.testing.assert_allclose(again.scale_moments[0].mu["input"]["scale"].sum(), 15, rtol=1e-5)
+
+
+def test_loss_is_the_papers(sam, params, calibrated):
+    """Without drops, learning rates of zero and no regularizer: the soft weights are the weights themselves."""
+    unit = next(u for u in encoder_units(sam) if u.part == "encoder_mlp")
+    config = ReconstructionConfig(
+        iterations=10, rounding_rate=0, scale_rate=0, input_drop=0, activation_drop=1, warmup=1
+    )
+    flat = unit.own(flatten(params))
+    for layer, weight in unit.own(calibrated.weights).items():
+        # Within the codes: the rounding of a zero point cuts up to half a step off a range.
+        low, high = (weight.scale * (end - weight.zero_point) for end in (0, 2**BITS - 1))
+        flat[f"{layer}/kernel"] = jnp.clip(flat[f"{layer}/kernel"], low, high)
+    own = unflatten(flat)
+    problem, state = learning.start(own, unit.own(calibrated.weights), unit.own(calibrated.activations), config)
+    x, target = np.random.default_rng(0).normal(size=(2, 1, 1, 4, 4, 16)).astype(np.float32)
+    store = ((x,), (x + 1,), target)
+    output = run_unit(unit.operation, own, {}, {}, (x[0],))
+    expected = np.square(np.asarray(output) - target[0]).sum(1).mean()
+    _, losses = learning.advance(
+        problem,
+        state,
+        store,
+        jnp.zeros((10, 1), jnp.int32),
+        jnp.int32(0),
+        jnp.int32(3),
+        jax.random.key(0),
+        operation=unit.operation,
+        loss_axis=unit.loss_axis,
+        config=config,
+    )
+    np.testing.assert_allclose(losses, [expected, 0], rtol=1e-4)
+
+
+# --- Resuming ---------------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.mark.parametrize("done", [1, 6, 12])
+def test_a_run_ended_after_a_unit_goes_on(run, finished, tmp_path, done):
+    reports = []
+
+    def stop(report):
+        reports.append(report)
+        if len(reports) == done:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(tmp_path, stop)
+    again: list[job.UnitReport] = []
+    assert_same(run(tmp_path, again.append), finished[0])
+    assert [r.seconds == 0 for r in again] == [True] * done + [False] * (len(again) - done)
+    assert [(r.name, r.after) for r in again] == [(r.name, r.after) for r in finished[1]]
+    assert len(list(tmp_path.iterdir())) == len(again)
+
+
+@pytest.mark.parametrize("saves", [2, 9])
+def test_a_run_ended_inside_a_unit_goes_on(run, finished, tmp_path, monkeypatch, saves):
+    original, count = checkpoints.save, 0
+
+    def save(path: Path, identity: str, arrays) -> None:
+        nonlocal count
+        original(path, identity, arrays)
+        count += 1
+        if count == saves:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", save)
+        with pytest.raises(Stop):
+            run(tmp_path, save_seconds=0.0)
+    assert list(tmp_path.glob("*.partial.npz"))
+    assert_same(run(tmp_path), finished[0])
+    assert not list(tmp_path.glob("*.partial.npz"))
+
+
+def test_what_is_kept_on_disk_makes_no_difference(run):
+    one = ("encoder_mlp",)  # its step is compiled anew for the shorter chunks from disk
+    assert_same(run(parts=one, memory_budget=0), run(parts=one))
+
+
+@pytest.fixture
+def interrupted(run, tmp_path):
+    """A state folder with its first unit done."""
+
+    def stop(report):
+        raise Stop
+
+    with pytest.raises(Stop):
+        run(tmp_path, stop)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "byte", "other"])
+def test_a_damaged_state_is_refused(run, interrupted, damage):
+    (path,) = interrupted.iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "empty":
+        content = bytearray()
+    elif damage == "byte":
+        content[len(content) // 2] ^= 0x10
+    else:
+        content = bytearray(b"not an archive of arrays")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"attn\.done\.npz is damaged \(.*\); delete it"):
+        run(interrupted)
+
+
+def test_a_foreign_state_is_refused(run, interrupted):
+    with pytest.raises(ValueError, match="other weights, images or settings"):
+        run(interrupted, seed=1)
+
+
+_SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+import numpy as np, test_reconstruct as t
+from pathlib import Path
+fixture = lambda f: f.__wrapped__ if hasattr(f, "__wrapped__") else f.__pytest_wrapped__.obj
+sam = fixture(t.sam)(); params = fixture(t.params)(sam); images = fixture(t.images)(); boxes = fixture(t.boxes)()
+config = t.dataclasses.replace(t.CONFIG, save_seconds=0.0)
+calibrated = t.calibrate(sam, params, images, boxes)
+print("ready", flush=True)
+q = t.reconstruct(sam, params, calibrated, images, boxes, config, target=t.TARGET, state_dir=Path({state!r}))
+np.savez({out!r}, **{{str(i): leaf for i, leaf in enumerate(t.jax.tree.leaves(q))}})
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_the_same(finished, tmp_path):
+    out, chance = tmp_path / "out.npz", random.Random(0)
+    script = _SCRIPT.format(here=str(Path(__file__).parent), state=str(tmp_path / "state"), out=str(out))
+    kills = 0
+    while not out.exists():
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=dict(os.environ))
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        limit = time.monotonic() + chance.uniform(1, 20 + 10 * kills)
+        while process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        process.stdout.close()
+        assert process.returncode in (0, -signal.SIGKILL)
+    assert kills > 0
+    with np.load(out) as arrays:
+        for i, leaf in enumerate(jax.tree.leaves(finished[0])):
+            np.testing.assert_array_equal(arrays[str(i)], leaf)
+
+
+# --- Refusals and methods ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iterations": -1}, "iterations"),
+        ({"batch": 0}, "batch"),
+        ({"input_drop": 1.5}, "input_drop"),
+        ({"scale_rate": float("nan")}, "scale_rate"),
+        ({"beta_end": 0.5}, "beta_end"),
+        ({"parts": ("encoder",)}, "encoder"),
+    ],
+)
+def test_unusable_numbers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ReconstructionConfig(**changes)
+
+
+def test_arguments_that_do_not_belong_together_are_refused(sam, params, calibrated, images, boxes):
+    def start(params=params, images=images, boxes=boxes, target=TARGET):
+        reconstruct(sam, params, calibrated, images, boxes, CONFIG, target=target)
+
+    with pytest.raises(ValueError, match="2 sets of boxes"):
+        start(boxes=boxes[:2])
+    with pytest.raises(ValueError, match="different numbers of boxes"):
+        start(boxes=[boxes[0][:1], *boxes[1:]])
+    with pytest.raises(ValueError, match="another configuration"):
+        start(target=dataclasses.replace(TARGET, a_bits=5))
+    with pytest.raises(ValueError, match="not those that were quantized"):
+        start(params=sam.init_params(jax.random.key(4)))
+
+
+def test_methods_are_records_of_switches():
+    assert set(RECONSTRUCTION_METHODS) == {"adaround", "brecq", "qdrop", "ptq4sam_l", "ahcptq"}
+    for method in RECONSTRUCTION_METHODS.values():
+        assert method.quant_config(w_bits=5).w_bits == 5
+        assert method.reconstruction_config(iterations=7).iterations == 7
+    full = RECONSTRUCTION_METHODS["ahcptq"]
+    assert full.quant_config() == QuantConfig() and full.reconstruction_config() == ReconstructionConfig()
+    assert not RECONSTRUCTION_METHODS["adaround"].reconstruction_config().learn_scales
+    assert RECONSTRUCTION_METHODS["brecq"].reconstruction_config().activation_drop == 0
+    assert not RECONSTRUCTION_METHODS["ptq4sam_l"].quant_config().cag
+
+
+# --- Measurements, run by name with `-m slow -s` ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_step_costs_little_more_than_a_float_step(capsys):
+    """The MLP of SAM-B on 4096 tokens: a step that learns rounding and scales, against plain gradients of weights."""
+    operation = blocks.Operation(MLPBlock(768, 3072, parent=None))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 1, 64, 64, 768)), jnp.float32)
+    params = jax.tree.map(jnp.asarray, operation.module.init(jax.random.key(0), x[0])["params"])
+    target = run_unit(operation, params, {}, {}, (x[0],))[None]
+    channels = Uniform.from_range(x.min((0, 1, 2, 3)), x.max((0, 1, 2, 3)), 4)
+    quantizers = {
+        "lin1/input": Grouped(channels.scale, channels.zero_point, jnp.arange(768), 4),
+        "lin2/input": Hybrid.from_range(-0.17, 5.0, 0.3, 0.25, 4),
+    }
+    weights = {}
+    for layer in ("lin1", "lin2"):
+        kernel = params[layer]["kernel"]
+        uniform = Uniform.from_range(kernel.min(0), kernel.max(0), 4)
+        weights[layer] = QuantizedWeight.from_codes(uniform.encode(kernel), uniform.scale, uniform.zero_point, 4)
+    config = ReconstructionConfig(iterations=100, warmup=0.0)
+    problem, state = learning.start(params, weights, quantizers, config)
+    store, places = ((x,), (x,), target), jnp.zeros((50, 1), jnp.int32)
+    static = {"operation": operation, "loss_axis": 1, "config": config}
+
+    @jax.jit
+    def float_steps(params, count):
+        def step(_, params):
+            grads = jax.grad(lambda p: jnp.mean(jnp.sum(jnp.square(operation(p, x[0]) - target[0]), 1)))(params)
+            return jax.tree.map(lambda p, g: p - 1e-6 * g, params, grads)
+
+        return jax.lax.fori_loop(0, count, step, params)
+
+    def seconds(function, count):
+        jax.block_until_ready(function(1))
+        began = time.perf_counter()
+        jax.block_until_ready(function(count))
+        return (time.perf_counter() - began) / count
+
+    def quantized_steps(count):
+        nonlocal state
+        ends = jnp.int32(0), jnp.int32(count)
+        state, losses = learning.advance(problem, state, store, places, *ends, jax.random.key(0), **static)
+        return losses
+
+    pairs = [(seconds(quantized_steps, 5), seconds(lambda n: float_steps(params, n), 5)) for _ in range(3)]
+    ours, plain = np.min(pairs, axis=0)
+    with capsys.disabled():
+        print(f"\nMLP 768-3072-768, 4096 tokens: step {ours:.2f} s, float step {plain:.2f} s, ratio {ours / plain:.2f}")
+    assert ours / plain < 2
+
+
+@pytest.mark.slow
+def test_mini_gets_better(capsys, tmp_path):
+    """W4A4 of MINI on 8 calibration scenes, few iterations: masks on 20 others agree more with floating point."""
+    sam, params = load_sam("mini")
+    size = sam.config.img_size
+    calib = [(scene.image, scene.boxes) for scene in scenes.scene_dataset(scenes.CALIB_SEED, 8, size)]
+    dataset = coco.CocoDataset.from_memory(*scenes.to_coco(scenes.scene_dataset(scenes.EVAL_SEED, 20, size)))
+    prompts = coco.load_boxes("gt", dataset)
+    config = QuantConfig()
+    few = ReconstructionConfig(iterations=200, rounding_rate=1e-2, scale_rate=4e-4)
+    models = {"float": SamModel(sam, params)}
+    reports: list[job.UnitReport] = []
+    for name, changes in {"calibrated": {"parts": ()}, "reconstructed": {}}.items():
+        began = time.perf_counter()
+        models[name] = job.quantize_reconstructed(
+            sam, params, calib, config, dataclasses.replace(few, **changes), on_unit=reports.append
+        )
+        with capsys.disabled():
+            print(f"\n{name}: {time.perf_counter() - began:.0f} s")
+    count = len(reports) // 2
+    scores = {
+        name: evaluate.evaluate(SamPredictor(model), dataset, prompts, progress=None) for name, model in models.items()
+    }
+    agreement = {name: evaluate.agreement_miou(scores["float"].images, s.images) for name, s in scores.items()}
+    with capsys.disabled():
+        for plain, learned in zip(reports[:count], reports[count:], strict=True):
+            print(f"{plain.name:60} error {plain.after:9.4g} -> {learned.after:9.4g}, {learned.seconds:5.1f} s")
+        for name, score in scores.items():
+            print(f"{name}: AP {score.metrics['AP']:.1f}, mIoU {score.metrics['mIoU']:.4f}, {agreement[name]:.4f}")
+    assert agreement["reconstructed"] > agreement["calibrated"]
