@@ -95,11 +95,12 @@ def row(results: dict[str, Any]) -> dict[str, float | None]:
     return {**results["quantized"], "agreement_mIoU": results["agreement_mIoU"]}
 
 
-def _cell(values: list[float | None]) -> str:
+def _cell(column: str, values: list[float | None]) -> str:
     known = [v for v in values if v is not None]
     if not known:
         return "–"
-    mean, digits = float(np.mean(known)), 3 if max(known) <= 1 else 1
+    # APs are percentages, IoUs fractions.
+    mean, digits = float(np.mean(known)), 3 if column.endswith("mIoU") else 1
     spread = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
     return f"{mean:.{digits}f}{spread}"
 
@@ -109,7 +110,7 @@ def table(fp: dict[str, float | None], rows: dict[str, list[dict[str, float | No
     lines = ["| run | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     everything = {"floating point": [fp], **rows}
     for name, runs in everything.items():
-        cells = " | ".join(_cell([r.get(column) for r in runs]) for column in COLUMNS)
+        cells = " | ".join(_cell(column, [r.get(column) for r in runs]) for column in COLUMNS)
         lines.append(f"| {name} | {cells} |")
     return "\n".join(lines) + "\n"
 

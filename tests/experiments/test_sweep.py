@@ -39,7 +39,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
 
     def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         calls.append(options.out)
-        metrics = dict.fromkeys(sweep.COLUMNS[:7], 50.0 + options.seed) | {"APl": None}
+        metrics = dict.fromkeys(sweep.COLUMNS[:7], 50.0 + options.seed) | {"APl": None, "APs": 0.86, "mIoU": 0.5}
         results = {"fp": metrics, "quantized": metrics, "agreement_mIoU": 0.9, "config": dataclasses.asdict(options)}
         Path(options.out).mkdir(parents=True, exist_ok=True)
         (Path(options.out) / "results.json").write_text(json.dumps(results))
@@ -54,6 +54,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     sweep.sweep(Options(limit=3), settings, 1, tmp_path)
     assert len(calls) == 3, "other options are another run"
     assert "| ahcptq_w4a4 | 50.5 ± 0.7 |" in first and "| – |" in first
+    assert "| 0.9 ± 0.0 |" in first and "| 0.500 ± 0.000 |" in first, "an AP below 1 is a percentage still"
     assert (tmp_path / "table.csv").read_text().count("\n") == 2
 
 
