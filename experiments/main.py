@@ -28,15 +28,20 @@ from tqdm import tqdm
 
 import ahcptq_jax
 from ahcptq_jax.quantize import quantize_model
+from ahcptq_jax.quantized import Quantized
 from experiments import coco, evaluate, panels, report
 from experiments.options import Options, define_flags, options_from_flags
 from experiments.results import write_atomically, write_json
 from experiments.scenes import CALIB_SEED, EVAL_SEED, scene_dataset, to_coco
+from hwcost.codes import to_json
+from hwcost.measure import measure_histograms
 from sam_flax import SamModel, SamPredictor, load_sam
 from sam_flax.config import SamConfig
 
 # A generated scene is never larger than this: its shapes hold no finer detail.
 MAX_SCENE_SIZE = 320
+# Evaluation images on which code histograms are counted, for `python -m hwcost --results=`.
+HISTOGRAM_IMAGES = 8
 
 
 def evaluation_set(options: Options, config: SamConfig) -> coco.CocoDataset:
@@ -156,6 +161,8 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         results["agreement_mIoU"] = evaluate.agreement_miou(fp.images, scored.images)
         results["bytes"]["quantized"] = artefact.stat().st_size
         results["quant_config"] = dataclasses.asdict(quant_config)
+        with _timed(seconds, "histograms"):
+            results["code_histograms"] = code_histograms(quantized, dataset, boxes)
         if options.blank:
             with _timed(seconds, "evaluate_blank"):
                 results["quantized_blank"] = dict(score("quantized", quantized, quantized_id, blank=True).metrics)
@@ -182,6 +189,16 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         if not any((out / "partial").iterdir()):
             (out / "partial").rmdir()
     return results
+
+
+def code_histograms(model: Quantized, dataset: coco.CocoDataset, boxes: coco.BoxSet) -> dict[str, Any]:
+    """How often each code of a hybrid or log2 site occurs on the first images that have a box; {} where none has."""
+    prompts = {image_id: of_image.boxes for image_id, of_image in boxes.per_image.items() if len(of_image)}
+    items = [item for item in dataset.items if item.image_id in prompts][:HISTOGRAM_IMAGES]
+    if not items:
+        return {}
+    images = [image for _, image in coco.stream_images(dataset, items)]
+    return to_json(measure_histograms(model, images, [prompts[item.image_id] for item in items]))
 
 
 def _check_writable(out: Path) -> None:

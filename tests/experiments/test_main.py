@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from experiments import main as main_job
 from experiments.options import Options
+from hwcost.codes import histograms
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -46,6 +47,9 @@ def test_results_are_complete(job: tuple[Path, str]) -> None:
     assert results["bytes"]["quantized"] < 0.21 * results["bytes"]["fp32"]
     assert {"load", "evaluate_fp", "quantize", "evaluate_quantized"} <= results["seconds"].keys()
     assert results["config"]["w_bits"] == 4
+    measured = histograms(results["code_histograms"])
+    assert len(measured) == 19, "five encoder MLPs and attentions, two decoder MLPs, seven decoder attentions"
+    assert all(len(h.counts) == 16 and (h.tau is None) != (h.log_levels is None) for h in measured.values())
     assert "quantized" in job[1] and "agreement" in job[1]
 
 

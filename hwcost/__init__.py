@@ -1,0 +1,8 @@
+"""What a quantized SAM would cost on an FPGA: exact counts, sourced constants, estimates with intervals."""
+
+from hwcost.codes import AssumedCodes as AssumedCodes
+from hwcost.codes import Histogram as Histogram
+from hwcost.codes import load_histograms as load_histograms
+from hwcost.counts import Counts as Counts
+from hwcost.counts import count as count
+from hwcost.measure import measure_histograms as measure_histograms
