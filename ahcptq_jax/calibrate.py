@@ -15,12 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ahcptq_jax import bimodal, grouping, search
+from ahcptq_jax import percentile as percentiles
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform
 from ahcptq_jax.recipe import BIMODAL_ATTENTION, Kind, site_kind
 from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
 from sam_flax.image_encoder import attention_probabilities
 from sam_flax.sam import Params, Sam, call, encoder_stages
+
+# Of `hluq_fine`.
+FINE_RANGE_RATES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
+FINE_GRID_RATES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8)
 
 Sites = tuple[tuple[str, Kind], ...]  # (path, kind), hashable: a static argument
 
@@ -52,11 +57,28 @@ def _kernel_of(params: Params, layer: str) -> jax.Array:
     return node["kernel"]
 
 
+def breakpoints(config: QuantConfig) -> np.ndarray:
+    """HLUQ's candidates (N, 2), see `search.hybrid_candidates`: the paper's, or a finer grid that has them."""
+    if not config.hluq_fine:
+        return search.hybrid_candidates(config.a_bits)
+    return search.hybrid_candidates(config.a_bits, FINE_RANGE_RATES, FINE_GRID_RATES)
+
+
+def _update_uniform(state: Any, x: jax.Array, config: QuantConfig) -> Any:
+    if config.act_range == "percentile":
+        return percentiles.percentile_update(state, x, config.a_bits)
+    if config.act_range == "mse":
+        return search.uniform_mse_update(state, x, config.a_bits)
+    return search.range_update(state, x)
+
+
 def _init_statistics(kind: Kind, shape: tuple[int, ...], config: QuantConfig) -> Any:
     if kind == "hybrid":
-        return search.hybrid_init(search.hybrid_candidates(config.a_bits))
+        return search.hybrid_init(breakpoints(config))
     if kind == "log2":
         return search.softmax_init()
+    if kind == "uniform" and config.act_range == "percentile":
+        return percentiles.percentile_init()
     return search.range_init(shape[-1] if kind == "grouped" else None)
 
 
@@ -69,18 +91,18 @@ def _update_statistics(
         probabilities, values = attention_map(operands, config.softmax_rows, key)
         if kind == "log2":
             return search.softmax_update(state, probabilities, values, 2**bits - 1)
-        return search.range_update(state, probabilities)
+        return _update_uniform(state, probabilities, config)
     x = captured[path]
     if kind == "hybrid":
         kernel = _kernel_of(params, path.removesuffix("/input"))
-        return search.hybrid_update(state, x, kernel, search.hybrid_candidates(bits), bits, config.hluq_reach_maximum)
-    return search.range_update(state, x)
+        return search.hybrid_update(state, x, kernel, breakpoints(config), bits, config.hluq_reach_maximum)
+    return search.range_update(state, x) if kind == "grouped" else _update_uniform(state, x, config)
 
 
 def finalize(statistics: Mapping[str, Any], kinds: Mapping[str, Kind], config: QuantConfig) -> dict[str, Quantizer]:
     """Statistics by site -> quantizers by site."""
     bits = config.a_bits
-    candidates = search.hybrid_candidates(bits)
+    candidates = breakpoints(config)
     quantizers: dict[str, Quantizer] = {}
     per_channel: dict[str, Uniform] = {}
     for path, kind in kinds.items():
@@ -90,6 +112,8 @@ def finalize(statistics: Mapping[str, Any], kinds: Mapping[str, Kind], config: Q
             quantizers[path] = found.quantizer
         elif kind == "log2":
             quantizers[path] = search.softmax_finalize(state, bits)
+        elif isinstance(state, percentiles.PercentileState):
+            quantizers[path] = percentiles.percentile_finalize(state, bits)
         elif kind == "uniform":
             quantizers[path] = state.quantizer(bits)
         else:
@@ -158,9 +182,11 @@ def observe(
 
 def _relevant(config: QuantConfig, sites: Sites) -> QuantConfig:
     """The part of the configuration that these statistics depend on: the rest shall not cost a compilation."""
-    searched = any(kind in ("hybrid", "log2") for _, kind in sites)
+    searched = config.act_range != "minmax" or any(kind in ("hybrid", "log2") for _, kind in sites)
     return QuantConfig(
         a_bits=config.a_bits if searched else QuantConfig.a_bits,
+        act_range=config.act_range,
+        hluq_fine=config.hluq_fine,
         hluq_reach_maximum=config.hluq_reach_maximum,
         softmax_rows=config.softmax_rows,
     )

@@ -32,6 +32,8 @@ class QuantConfig:
     group_metric: str = "range"  # what CAG clusters and a group shares: "paper", "normalized" or "range" (grouping)
     # A uniform step that reaches the observed maximum instead of the paper's (METHOD 7).
     hluq_reach_maximum: bool = False
+    hluq_fine: bool = False  # search HLUQ's breakpoint on a finer grid than the paper's 9 pairs
+    act_range: str = "minmax"  # per-tensor ranges of activations: "minmax", "percentile" or "mse", the latter by loss
     weight_search: bool = True  # 2-D range search; else the plain minimum and maximum
     softmax_rows: int = 512  # queries per head in the softmax search; 0 uses all of them
     prompts_per_image: int = 8  # boxes per calibration image shown to the decoder
@@ -51,6 +53,8 @@ class QuantConfig:
             raise ValueError(f"groups={self.groups} must be 0 (every channel on its own) or a positive number.")
         if self.group_metric not in ("paper", "normalized", "range"):
             raise ValueError(f"group_metric={self.group_metric!r} must be 'paper', 'normalized' or 'range'.")
+        if self.act_range not in ("minmax", "percentile", "mse"):
+            raise ValueError(f"act_range={self.act_range!r} must be 'minmax', 'percentile' or 'mse'.")
         if self.prompts_per_image < 1 or self.softmax_rows < 0:
             raise ValueError(
                 f"prompts_per_image={self.prompts_per_image} must be at least 1 and "
@@ -64,10 +68,17 @@ W4A4 = QuantConfig(w_bits=4, a_bits=4)
 W5A5 = QuantConfig(w_bits=5, a_bits=5)
 W6A6 = QuantConfig(w_bits=6, a_bits=6)
 
-# Each method is a record of switches over one code path. Those named after papers take their quantizers with
-# statistics alone, without reconstruction.
+_UNIFORM = {"hluq": False, "cag": False, "big": False, "agq": False}
+# Each method's quantizers, as a record of switches over one code path. `methods.RECONSTRUCTION_METHODS` says how the
+# last five learn; the first four take statistics alone.
 METHODS: dict[str, dict] = {
-    "ahcptq": {},
+    "minmax": {**_UNIFORM, "weight_search": False},
+    "percentile": {**_UNIFORM, "weight_search": False, "act_range": "percentile"},
+    "omse": {**_UNIFORM, "act_range": "mse"},
     "ptq4sam_s": {"hluq": False, "cag": False},
-    "minmax": {"hluq": False, "cag": False, "big": False, "agq": False, "weight_search": False},
+    "adaround": _UNIFORM,
+    "brecq": _UNIFORM,
+    "qdrop": _UNIFORM,
+    "ptq4sam_l": {"hluq": False, "cag": False},
+    "ahcptq": {},
 }

@@ -7,10 +7,9 @@ one another in what their papers propose and in nothing else.
 import dataclasses
 from typing import Any
 
-from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.config import METHODS, QuantConfig
 from ahcptq_jax.learning import ReconstructionConfig
 
-_UNIFORM = {"hluq": False, "cag": False, "big": False, "agq": False}
 _NO_DROP = {"input_drop": 0.0, "activation_drop": 0.0}
 
 
@@ -37,10 +36,10 @@ class Method:
 
 RECONSTRUCTION_METHODS: dict[str, Method] = {
     # Weights alone are learned, and in floating-point company: neither inputs nor activations are quantized.
-    "adaround": Method(_UNIFORM, {"learn_scales": False, "input_drop": 1.0, "activation_drop": 1.0}),
+    "adaround": Method(METHODS["adaround"], {"learn_scales": False, "input_drop": 1.0, "activation_drop": 1.0}),
     # Block by block on quantized inputs, activation scales learned with the rounding (arXiv 2102.05426).
-    "brecq": Method(_UNIFORM, _NO_DROP),
-    "qdrop": Method(_UNIFORM),
-    "ptq4sam_l": Method({"hluq": False, "cag": False}),
-    "ahcptq": Method(),
+    "brecq": Method(METHODS["brecq"], _NO_DROP),
+    "qdrop": Method(METHODS["qdrop"]),
+    "ptq4sam_l": Method(METHODS["ptq4sam_l"]),
+    "ahcptq": Method(METHODS["ahcptq"]),
 }

@@ -70,7 +70,7 @@ def quantize_reconstructed(
     reconstruction: ReconstructionConfig,
     *,
     progress: bool = False,
-    state_dir: Path | None = None,
+    state_dir: str | Path | None = None,
     on_unit: Callable[[UnitReport], None] | None = None,
 ) -> Quantized:
     """Calibrates as `quantize.quantize_model` does, then reconstructs; arguments as there and in `reconstruct`.
@@ -105,7 +105,7 @@ def reconstruct(
     *,
     target: QuantConfig | None = None,
     progress: bool = False,
-    state_dir: Path | None = None,
+    state_dir: str | Path | None = None,
     on_unit: Callable[[UnitReport], None] | None = None,
 ) -> Quantized:
     """Learns rounding and scales of a calibrated model.
@@ -169,7 +169,7 @@ class _Run:
         quantized: Quantized,
         config: ReconstructionConfig,
         target: QuantConfig,
-        state_dir: Path | None,
+        state_dir: str | Path | None,
         on_unit: Callable[[UnitReport], None] | None,
     ):
         self.params = params  # floating point, nested

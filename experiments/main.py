@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -27,8 +28,10 @@ from absl import app
 from tqdm import tqdm
 
 import ahcptq_jax
+from ahcptq_jax.harder import make_harder
 from ahcptq_jax.quantize import quantize_model
 from ahcptq_jax.quantized import Quantized
+from ahcptq_jax.reconstruct import UnitReport, quantize_reconstructed
 from experiments import coco, evaluate, panels, report
 from experiments.options import Options, define_flags, options_from_flags
 from experiments.results import write_atomically, write_json
@@ -37,6 +40,7 @@ from hwcost.codes import to_json
 from hwcost.measure import measure_histograms
 from sam_flax import SamModel, SamPredictor, load_sam
 from sam_flax.config import SamConfig
+from sam_flax.sam import Params, Sam
 
 # A generated scene is never larger than this: its shapes hold no finer detail.
 MAX_SCENE_SIZE = 320
@@ -105,6 +109,7 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
     _check_writable(out)
     with _timed(seconds, "load"):
         sam, params = load_sam(options.checkpoint)
+        params = make_harder(params, sam.config, options.harder)
         dataset = evaluation_set(options, sam.config)
         boxes = coco.load_boxes(options.boxes, dataset)
         saved = ahcptq_jax.load(options.artefact, sam.config) if options.artefact else None
@@ -137,6 +142,7 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
     with _timed(seconds, "evaluate_fp"):
         fp = score("fp", fp_model, model_id)
     results: dict[str, Any] = {"config": dataclasses.asdict(options), "fp": dict(fp.metrics)}
+    results["model"] = options.model_name()
     results["bytes"] = {"fp32": 4 * sum(a.size for a in jax.tree.leaves(params))}
     examples: list[report.Example] = []
     layers: list[report.HybridPanel | report.GroupPanel] = []
@@ -144,7 +150,8 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         artefact = Path(options.artefact or out / "quantized.safetensors")
         if saved is None:
             with _timed(seconds, "quantize"):
-                quantized = quantize_model(sam, params, calib, options.quant_config(), progress=True)
+                quantized, units = _quantize(options, sam, params, calib, out / "partial", model_id)
+                results["units"] = [dataclasses.asdict(unit) for unit in units]
                 out.mkdir(parents=True, exist_ok=True)
                 quantized.save(artefact)
             # What is scored is what the file holds, its float part rounded as in the file.
@@ -180,14 +187,18 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
 
     notes = [*dataset.notes(), *boxes.notes]
     write_atomically(out / "flags.txt", _flag_lines(options))
-    report.write_report(out, results, examples, layers, title=_title(results["config"]), notes=notes)
+    report.write_report(
+        out, results, examples, layers, title=_title(options.model_name(), results["config"]), notes=notes
+    )
     write_json(out / "results.json", results)
     if journal is None:
         # They serve interrupted runs only: a later run may be one of other code.
         for file in partial:
             file.unlink(missing_ok=True)
-        if not any((out / "partial").iterdir()):
-            (out / "partial").rmdir()
+    for folder in (out / "partial").glob("reconstruction-*"):
+        shutil.rmtree(folder)
+    if (out / "partial").exists() and not any((out / "partial").iterdir()):
+        (out / "partial").rmdir()
     return results
 
 
@@ -199,6 +210,30 @@ def code_histograms(model: Quantized, dataset: coco.CocoDataset, boxes: coco.Box
         return {}
     images = [image for _, image in coco.stream_images(dataset, items)]
     return to_json(measure_histograms(model, images, [prompts[item.image_id] for item in items]))
+
+
+def _quantize(
+    options: Options, sam: Sam, params: Params, calib: list[Any], partial: Path, model_id: str
+) -> tuple[Quantized, list[UnitReport]]:
+    """The quantized model and, where the method learns, how each unit went; a killed run goes on in `partial`."""
+    config, reconstruction = options.quant_config(), options.reconstruction_config()
+    if reconstruction is None:
+        return quantize_model(sam, params, calib, config, progress=True), []
+    images = _fingerprint([np.asarray(array) for item in calib for array in item])
+    # The name tells everything apart, so that a run with other flags into the same folder starts anew.
+    identity = hashlib.sha256(f"{model_id} {images} {config} {reconstruction}".encode()).hexdigest()[:12]
+    units: list[UnitReport] = []
+    quantized = quantize_reconstructed(
+        sam,
+        params,
+        calib,
+        config,
+        reconstruction,
+        progress=True,
+        state_dir=partial / f"reconstruction-{identity}",
+        on_unit=units.append,
+    )
+    return quantized, units
 
 
 def _check_writable(out: Path) -> None:
@@ -219,11 +254,10 @@ def _check_images(dataset: coco.CocoDataset) -> None:
         pass
 
 
-def _title(config: dict[str, Any]) -> str:
-    name = "MINI" if config["checkpoint"] == "mini" else Path(config["checkpoint"]).name
+def _title(model: str, config: dict[str, Any]) -> str:
     if config["method"] == "fp":
-        return f"{name}, floating point"
-    return f"{name}, W{config['w_bits']}A{config['a_bits']} {config['method']}"
+        return f"{model}, floating point"
+    return f"{model}, W{config['w_bits']}A{config['a_bits']} {config['method']}"
 
 
 def _flag_lines(options: Options) -> str:

@@ -6,6 +6,12 @@ from typing import Any
 from absl import flags
 
 from ahcptq_jax.config import METHODS, QuantConfig
+from ahcptq_jax.grouping import METRICS
+from ahcptq_jax.learning import ReconstructionConfig
+from ahcptq_jax.methods import RECONSTRUCTION_METHODS
+
+# Fields of `Options` that are switches of `QuantConfig`, where they are given.
+_SWITCHES = ("hluq", "cag", "big", "agq", "groups", "group_metric", "hluq_fine", "hluq_reach_maximum")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,13 @@ class Options:
     big: bool | None = None
     agq: bool | None = None
     groups: int | None = None
+    group_metric: str | None = None
+    hluq_fine: bool | None = None
+    hluq_reach_maximum: bool | None = None
+    iterations: int = 0
+    rounding_rate: float | None = None
+    scale_rate: float | None = None
+    harder: float = 0.0
     num_calib: int = 32
     num_scenes: int = 100
     limit: int = 0
@@ -40,7 +53,7 @@ class Options:
                 raise ValueError(f"--{images} and --{annotations} belong together; give both or neither.")
         if self.method not in ("fp", *METHODS):
             raise ValueError(f"--method={self.method} is unknown; choose one of fp, {', '.join(METHODS)}.")
-        for name, least in (("num_calib", 1), ("num_scenes", 1), ("limit", 0), ("seed", 0)):
+        for name, least in (("num_calib", 1), ("num_scenes", 1), ("limit", 0), ("seed", 0), ("iterations", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least {least}; give a larger number.")
         for name in ("checkpoint", "boxes", "out"):
@@ -48,23 +61,39 @@ class Options:
                 raise ValueError(f"--{name} is empty; leave it out for {getattr(type(self), name)!r}.")
         if self.artefact and self.method == "fp":
             raise ValueError("--artefact is a quantized model and --method=fp evaluates none; leave one of them out.")
+        if not 0 <= self.harder <= 4:
+            raise ValueError(f"--harder={self.harder} must lie in 0..4; 0 leaves the model as it is.")
         if self.boxes != "gt" and not self.images:
             raise ValueError(
                 f"--boxes={self.boxes} names a detector's results, which need the --images and --annotations that "
                 "they were made for; give those, or --boxes=gt."
             )
         if self.method != "fp":
-            self.quant_config()  # raises on bad bits or switches
+            # Raise on bad numbers.
+            self.quant_config()
+            self.reconstruction_config()
 
     def quant_config(self) -> QuantConfig:
         """The method's switches, with those given on the command line on top."""
         switches: dict[str, Any] = dict(METHODS[self.method])
-        switches |= {
-            name: getattr(self, name)
-            for name in ("hluq", "cag", "big", "agq", "groups")
-            if getattr(self, name) is not None
-        }
+        switches |= {name: getattr(self, name) for name in _SWITCHES if getattr(self, name) is not None}
         return QuantConfig(w_bits=self.w_bits, a_bits=self.a_bits, seed=self.seed, **switches)
+
+    def reconstruction_config(self) -> ReconstructionConfig | None:
+        """How the method learns; None if it takes statistics alone, by its nature or with `iterations` 0."""
+        if self.method not in RECONSTRUCTION_METHODS or not self.iterations:
+            return None
+        return RECONSTRUCTION_METHODS[self.method].reconstruction_config(
+            iterations=self.iterations,
+            rounding_rate=self.rounding_rate,
+            scale_rate=self.scale_rate,
+            seed=self.seed,
+        )
+
+    def model_name(self) -> str:
+        """What is quantized, for titles and tables."""
+        name = "MINI" if self.checkpoint == "mini" else self.checkpoint.replace("\\", "/").rsplit("/", 1)[-1]
+        return f"{name}, harder by {self.harder:g}" if self.harder else name
 
 
 def define_flags() -> None:
@@ -85,6 +114,20 @@ def define_flags() -> None:
     flags.DEFINE_bool("big", d.big, "Override the method: sign flips of bimodal keys.")
     flags.DEFINE_bool("agq", d.agq, "Override the method: log2 softmax.")
     flags.DEFINE_integer("groups", d.groups, "Override the method: CAG groups; 0 keeps every channel alone.")
+    flags.DEFINE_enum("group_metric", d.group_metric, list(METRICS), "Override the method: what CAG's k-means sees.")
+    flags.DEFINE_bool("hluq_fine", d.hluq_fine, "Override the method: a finer search of HLUQ's breakpoint.")
+    flags.DEFINE_bool("hluq_reach_maximum", d.hluq_reach_maximum, "Override: HLUQ's last code is the maximum.")
+    flags.DEFINE_integer(
+        "iterations",
+        d.iterations,
+        "Reconstruction: iterations for each attention, MLP and neck; 0 calibrates only. The paper's number is 20000. "
+        f"Learn: {', '.join(RECONSTRUCTION_METHODS)}; the other methods take statistics alone and ignore it.",
+    )
+    flags.DEFINE_float("rounding_rate", d.rounding_rate, "Learning rate of the rounding; default: by the iterations.")
+    flags.DEFINE_float("scale_rate", d.scale_rate, "Learning rate of activation scales; default: by the iterations.")
+    flags.DEFINE_float(
+        "harder", d.harder, "Strength 0 to 4 of a change to the model that computes the same and quantizes worse."
+    )
     flags.DEFINE_integer("num_calib", d.num_calib, "Calibration images.")
     flags.DEFINE_integer("num_scenes", d.num_scenes, "Generated scenes to evaluate on, without --images.")
     flags.DEFINE_integer("limit", d.limit, "Evaluate the first images only; 0 takes all.")

@@ -1,15 +1,18 @@
 """Runs `experiments.main` for many settings on the same model, images and boxes, and writes one table.
 
-    python -m experiments.sweep --methods=ahcptq,ahcptq-hluq,ahcptq-cag --bits=44,66 --out=runs/sweep
+    python -m experiments.sweep --methods=minmax,qdrop,ahcptq,ahcptq-cag,ahcptq+groups=8 --bits=44,66 --seeds=3 \\
+        --iterations=200 --out=runs/sweep
 
-A method may be followed by the parts to switch off: `ahcptq-hluq-cag` is ahcptq without HLUQ and CAG. Finished runs
-are not repeated. Writes `<out>/table.md`, `<out>/table.csv` and a folder for every run.
+A method may be followed by what to switch off (`-cag`), on (`+hluq_fine`) or set (`+groups=8`): `ahcptq-hluq-cag` is
+ahcptq without HLUQ and CAG. Finished runs are not repeated, and one that was killed goes on. Writes `<out>/table.md`,
+`<out>/table.csv`, `<out>/table.png` and a folder for every run. Every row says which model it is of.
 """
 
 import csv
 import dataclasses
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,36 +24,73 @@ from ahcptq_jax.config import METHODS
 from experiments import main as main_job
 from experiments.options import Options, define_flags, options_from_flags
 from experiments.results import write_atomically
+from experiments.sweep_figure import draw
 
-SWITCHES = ("hluq", "cag", "big", "agq")
+# What a method's name may switch or set, and the type of its value.
+SWITCHES = ("hluq", "cag", "big", "agq", "hluq_fine", "hluq_reach_maximum")
+NUMBERS: dict[str, type] = {
+    "groups": int,
+    "group_metric": str,
+    "iterations": int,
+    "rounding_rate": float,
+    "scale_rate": float,
+    "harder": float,
+}
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mIoU", "agreement_mIoU")
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One row of the table before seeds are averaged."""
+    """One row of the table before seeds are averaged.
 
+    Attributes:
+        text: the method as it was given, "ahcptq-cag+groups=8".
+        method: its first part.
+        changes: fields of `Options` and their values.
+    """
+
+    text: str
     method: str
-    off: tuple[str, ...]
+    changes: tuple[tuple[str, Any], ...]
     w_bits: int
     a_bits: int
 
     @property
     def name(self) -> str:
-        return "-".join((self.method, *self.off)) + f"_w{self.w_bits}a{self.a_bits}"
+        return f"{self.text}_w{self.w_bits}a{self.a_bits}"
 
     def options(self, base: Options, seed: int, out: Path) -> Options:
         """The run's options: those of the command line with this setting on top."""
-        switched: dict[str, Any] = dict.fromkeys(self.off, False)
-        return dataclasses.replace(
-            base,
-            method=self.method,
-            w_bits=self.w_bits,
-            a_bits=self.a_bits,
-            seed=seed,
-            out=str(out / f"{self.name}_s{seed}"),
-            **switched,
-        )
+        fixed: dict[str, Any] = {"method": self.method, "w_bits": self.w_bits, "a_bits": self.a_bits, "seed": seed}
+        return dataclasses.replace(base, **fixed, out=str(out / f"{self.name}_s{seed}"), **dict(self.changes))
+
+
+def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """ "ahcptq-cag+groups=8" -> its method and its changes.
+
+    Raises:
+        ValueError: if the method, a switch or a value is unknown.
+    """
+    method, *parts = re.split(r"(?=[-+])", text)
+    if method not in METHODS:
+        raise ValueError(f"--methods has {method!r}; choose of {', '.join(METHODS)}.")
+    changes: list[tuple[str, Any]] = []
+    for part in parts:
+        name, equals, value = part[1:].partition("=")
+        if name in SWITCHES and not equals:
+            changes.append((name, part[0] == "+"))
+        elif name in NUMBERS and equals and part[0] == "+":
+            try:
+                changes.append((name, NUMBERS[name](value)))
+            except ValueError:
+                raise ValueError(f"--methods has {part!r} in {text!r}; {name} is a number.") from None
+        else:
+            raise ValueError(
+                f"--methods has {part!r} in {text!r}; switch with - or + one of {', '.join(SWITCHES)}, or set with "
+                f"+name=value one of {', '.join(NUMBERS)}."
+            )
+    return method, tuple(changes)
 
 
 def parse_settings(methods: str, bits: str) -> list[Setting]:
@@ -68,13 +108,7 @@ def parse_settings(methods: str, bits: str) -> list[Setting]:
         if len(pair) != 2 or not pair.isdigit():
             raise ValueError(f"--bits has {pair!r}; give two digits for each, weights and activations, like 44,66.")
         for text in methods.split(","):
-            method, *off = text.split("-")
-            if method not in METHODS:
-                raise ValueError(f"--methods has {method!r}; choose of {', '.join(METHODS)}.")
-            unknown = sorted(set(off) - set(SWITCHES))
-            if unknown:
-                raise ValueError(f"--methods switches off {unknown} in {text!r}; there are {', '.join(SWITCHES)}.")
-            settings.append(Setting(method, tuple(off), int(pair[0]), int(pair[1])))
+            settings.append(Setting(text, *parse_method(text), int(pair[0]), int(pair[1])))
     return settings
 
 
@@ -90,9 +124,9 @@ def finished(options: Options) -> dict[str, Any] | None:
     return results if results.get("config") == dataclasses.asdict(options) else None
 
 
-def row(results: dict[str, Any]) -> dict[str, float | None]:
+def row(results: dict[str, Any]) -> Row:
     """The table's columns of one run."""
-    return {**results["quantized"], "agreement_mIoU": results["agreement_mIoU"]}
+    return {**results["quantized"], "agreement_mIoU": results["agreement_mIoU"], "model": results["model"]}
 
 
 def _cell(column: str, values: list[float | None]) -> str:
@@ -105,30 +139,30 @@ def _cell(column: str, values: list[float | None]) -> str:
     return f"{mean:.{digits}f}{spread}"
 
 
-def table(fp: dict[str, float | None], rows: dict[str, list[dict[str, float | None]]]) -> str:
-    """Markdown: floating point first, then every setting, mean ± deviation over seeds."""
-    lines = ["| run | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    everything = {"floating point": [fp], **rows}
-    for name, runs in everything.items():
+def table(rows: dict[str, list[Row]]) -> str:
+    """Markdown: every setting, mean ± deviation over seeds, "floating point" being one of each model."""
+    lines = ["| model | run | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, runs in rows.items():
         cells = " | ".join(_cell(column, [r.get(column) for r in runs]) for column in COLUMNS)
-        lines.append(f"| {name} | {cells} |")
+        lines.append(f"| {runs[0]['model']} | {name.split(':')[0]} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
-def table_csv(rows: dict[str, list[dict[str, float | None]]]) -> str:
+def table_csv(rows: dict[str, list[Row]]) -> str:
     """One line per run and seed."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["run", "seed", *COLUMNS])
+    writer.writerow(["model", "run", "seed", *COLUMNS])
     for name, runs in rows.items():
         for seed, values in enumerate(runs):
-            writer.writerow([name, seed, *(values.get(column) for column in COLUMNS)])
+            cells = (values.get(column) for column in COLUMNS)
+            writer.writerow([values["model"], name.split(":")[0], seed, *cells])
     return text.getvalue()
 
 
 def sweep(base: Options, settings: list[Setting], seeds: int, out: Path) -> str:
     """Runs what is missing and returns the table, which is also written after every run."""
-    rows: dict[str, list[dict[str, float | None]]] = {}
+    rows: dict[str, list[Row]] = {}
     text = ""
     for setting in settings:
         for seed in range(seeds):
@@ -137,10 +171,13 @@ def sweep(base: Options, settings: list[Setting], seeds: int, out: Path) -> str:
             results = finished(options)
             if results is None:
                 results = main_job.run(options, journal=out / "partial")
+            # A model's floating-point row stands before its first setting.
+            rows.setdefault(f"floating point:{results['model']}", [{**results["fp"], "model": results["model"]}])
             rows.setdefault(setting.name, []).append(row(results))
-            text = table(results["fp"], rows)
+            text = table(rows)
             write_atomically(out / "table.md", text)
             write_atomically(out / "table.csv", table_csv(rows))
+            write_atomically(out / "table.png", draw(rows))
     return text
 
 
@@ -161,7 +198,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     define_flags()
     main_job.use_compilation_cache()
-    flags.DEFINE_string("methods", "ahcptq,ptq4sam_s,minmax", "Methods, each with parts to switch off after dashes.")
+    flags.DEFINE_string("methods", ",".join(METHODS), "Methods, each with what to switch or set behind it.")
     flags.DEFINE_string("bits", "44,55,66", "Widths of weights and activations, two digits each.")
     flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, … per setting.", lower_bound=1)
     app.run(main)

@@ -134,6 +134,10 @@ def test_big_looks_at_the_attentions_from_tokens_to_the_image(model):
         (METHODS["ahcptq"], ()),
         (METHODS["ptq4sam_s"], ("hybrid", "grouped")),
         (METHODS["minmax"], ("hybrid", "grouped", "log2")),
+        (METHODS["percentile"], ("hybrid", "grouped", "log2")),
+        (METHODS["omse"], ("hybrid", "grouped", "log2")),
+        (METHODS["qdrop"], ("hybrid", "grouped", "log2")),
+        (METHODS["ptq4sam_l"], ("hybrid", "grouped")),
     ],
 )
 def test_a_switch_turns_its_kind_into_uniform(switches, replaced):

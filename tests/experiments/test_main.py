@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import zipfile
@@ -32,7 +33,7 @@ def command(*flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("job")
-    done = command("--flagfile=w4a4.flags", "--num_scenes=4", "--num_calib=2", f"--out={out}")
+    done = command("--flagfile=w4a4.flags", "--num_scenes=4", "--num_calib=2", "--iterations=2", f"--out={out}")
     assert done.returncode == 0, done.stderr[-2000:]
     return out, done.stdout
 
@@ -50,6 +51,10 @@ def test_results_are_complete(job: tuple[Path, str]) -> None:
     measured = histograms(results["code_histograms"])
     assert len(measured) == 19, "five encoder MLPs and attentions, two decoder MLPs, seven decoder attentions"
     assert all(len(h.counts) == 16 and (h.tau is None) != (h.log_levels is None) for h in measured.values())
+    assert results["model"] == "MINI"
+    # Attention and MLP of five encoder blocks, the neck, two decoder layers of four units, the last attention.
+    assert len(results["units"]) == 20 and all(unit["after"] > 0 for unit in results["units"])
+    assert not (job[0] / "partial").exists()
     assert "quantized" in job[1] and "agreement" in job[1]
 
 
@@ -80,6 +85,27 @@ def test_a_saved_artefact_scores_the_same_without_calibration(
     with pytest.raises(ValueError, match="another model"), pytest.warns(UserWarning, match="heads"):
         main_job.run(Options(artefact=artefact, checkpoint=str(DATA / "sam_tiny_s0.pth"), out=str(tmp_path / "b")))
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_job_ends_the_same(tmp_path: Path) -> None:
+    flags = ("--flagfile=w4a4.flags", "--num_scenes=2", "--num_calib=2", "--iterations=5", "--noblank")
+    assert command(*flags, f"--out={tmp_path / 'whole'}").returncode == 0
+    out, chance, kills = tmp_path / "killed", random.Random(0), 0
+    while not (out / "results.json").exists():
+        arguments = [sys.executable, "-m", "experiments.main", *flags, f"--out={out}"]
+        process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(chance.uniform(10, 40 + 30 * kills))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        assert process.wait() in (0, -9)
+    assert kills > 0
+    name = "quantized.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    whole, killed = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "killed"))
+    assert whole["quantized"] == killed["quantized"]
 
 
 def test_resolved_flags_repeat_the_run(job: tuple[Path, str]) -> None:

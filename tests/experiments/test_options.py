@@ -17,7 +17,7 @@ from experiments.options import Options
         ({"images": "a"}, "--images and --annotations belong together"),
         ({"annotations": "a"}, "--images and --annotations belong together"),
         ({"calib_images": "a"}, "--calib_images and --calib_annotations belong together"),
-        ({"method": "magic"}, "--method=magic is unknown; choose one of fp, ahcptq"),
+        ({"method": "magic"}, "--method=magic is unknown; choose one of fp, minmax"),
         ({"num_calib": 0}, "--num_calib=0 must be at least 1"),
         ({"num_scenes": -3}, "--num_scenes=-3 must be at least 1"),
         ({"limit": -1}, "--limit=-1 must be at least 0"),
@@ -26,6 +26,9 @@ from experiments.options import Options
         ({"w_bits": 9}, "w_bits=9 must be a width from 2 to 8"),
         ({"a_bits": 1}, "a_bits=1 must be a width from 2 to 8"),
         ({"groups": -1}, "groups=-1 must be 0"),
+        ({"iterations": -1}, "--iterations=-1 must be at least 0"),
+        ({"iterations": 5, "scale_rate": -1.0}, "scale_rate=-1.0 must be a finite number"),
+        ({"harder": 5.0}, "--harder=5.0 must lie in 0..4"),
         ({"boxes": "detections.json"}, "--boxes=detections.json names a detector's results, which need the --images"),
         ({"boxes": ""}, "--boxes is empty; leave it out for 'gt'"),
         ({"checkpoint": ""}, "--checkpoint is empty; leave it out for 'mini'"),
@@ -49,6 +52,14 @@ def test_switches_override_the_method():
     assert Options(groups=0).quant_config().groups == 0
 
 
+def test_methods_that_learn():
+    assert Options(method="ahcptq").reconstruction_config() is None
+    assert Options(method="minmax", iterations=9).reconstruction_config() is None
+    config = Options(method="brecq", iterations=9, seed=2, rounding_rate=0.5).reconstruction_config()
+    assert (config.iterations, config.seed, config.rounding_rate, config.scale_rate) == (9, 2, 0.5, None)
+    assert config.activation_drop == 0
+
+
 def test_every_method_has_a_configuration():
     for method in METHODS:
         Options(method=method).quant_config()
@@ -60,7 +71,7 @@ def parsed(monkeypatch):
 
     def parse(*arguments):
         values = flags.FlagValues()
-        for name in ("DEFINE_string", "DEFINE_integer", "DEFINE_bool", "DEFINE_enum"):
+        for name in ("DEFINE_string", "DEFINE_integer", "DEFINE_float", "DEFINE_bool", "DEFINE_enum"):
             original = getattr(flags, name)
             monkeypatch.setattr(flags, name, lambda *args, _original=original: _original(*args, flag_values=values))
         monkeypatch.setattr(flags, "FLAGS", values)

@@ -1,14 +1,17 @@
 """The sweep names settings, repeats nothing that is done, and averages seeds."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from experiments import sweep
 from experiments.options import Options
+from experiments.sweep_figure import draw
 
 
 def test_settings_are_parsed() -> None:
@@ -24,7 +27,10 @@ def test_settings_are_parsed() -> None:
     ("methods", "bits", "message"),
     [
         ("nothing", "44", "choose of"),
-        ("ahcptq-gelu", "44", "switches off"),
+        ("ahcptq-gelu", "44", "switch with"),
+        ("ahcptq-groups=4", "44", "switch with"),
+        ("ahcptq+groups", "44", "switch with"),
+        ("ahcptq+groups=many", "44", "groups is a number"),
         ("ahcptq", "4", "two digits"),
         ("ahcptq", "4x", "two digits"),
     ],
@@ -34,6 +40,15 @@ def test_bad_settings_are_refused(methods: str, bits: str, message: str) -> None
         sweep.parse_settings(methods, bits)
 
 
+def test_a_method_may_be_changed() -> None:
+    (setting,) = sweep.parse_settings("ahcptq-big+hluq_fine+groups=8+group_metric=paper+iterations=50+harder=1.5", "44")
+    options = setting.options(Options(iterations=7), seed=0, out=Path("x"))
+    config = options.quant_config()
+    assert (config.big, config.hluq_fine, config.groups, config.group_metric) == (False, True, 8, "paper")
+    assert options.iterations == 50 and options.harder == 1.5
+    assert options.model_name() == "MINI, harder by 1.5"
+
+
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
@@ -41,6 +56,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
         calls.append(options.out)
         metrics = dict.fromkeys(sweep.COLUMNS[:7], 50.0 + options.seed) | {"APl": None, "APs": 0.86, "mIoU": 0.5}
         results = {"fp": metrics, "quantized": metrics, "agreement_mIoU": 0.9, "config": dataclasses.asdict(options)}
+        results["model"] = options.model_name()
         Path(options.out).mkdir(parents=True, exist_ok=True)
         (Path(options.out) / "results.json").write_text(json.dumps(results))
         return results
@@ -53,9 +69,30 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(calls) == 2 and again == first
     sweep.sweep(Options(limit=3), settings, 1, tmp_path)
     assert len(calls) == 3, "other options are another run"
-    assert "| ahcptq_w4a4 | 50.5 ± 0.7 |" in first and "| – |" in first
+    assert "| MINI | ahcptq_w4a4 | 50.5 ± 0.7 |" in first and "| – |" in first
     assert "| 0.9 ± 0.0 |" in first and "| 0.500 ± 0.000 |" in first, "an AP below 1 is a percentage still"
-    assert (tmp_path / "table.csv").read_text().count("\n") == 2
+    assert (tmp_path / "table.csv").read_text().count("\n") == 3
+    assert Image.open(tmp_path / "table.png").size[0] > 500
+
+
+def test_every_model_has_its_floating_point_row() -> None:
+    def of(ap: float, model: str) -> list[dict[str, Any]]:
+        return [{"AP": ap, "model": model}]
+
+    rows = {
+        "floating point:MINI": of(75, "MINI"),
+        "a": of(70, "MINI"),
+        "floating point:other": of(74, "other"),
+        "a+harder=1": of(60, "other"),
+    }
+    lines = sweep.table(rows).splitlines()[2:]
+    assert [line.split(" | ")[:3] for line in lines] == [
+        ["| MINI", "floating point", "75.0"],
+        ["| MINI", "a", "70.0"],
+        ["| other", "floating point", "74.0"],
+        ["| other", "a+harder=1", "60.0"],
+    ]
+    assert Image.open(io.BytesIO(draw(rows))).format == "PNG"
 
 
 def test_damaged_results_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""The sweep's table as a picture: AP of every setting, with the deviation over seeds."""
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_BAR = "#3b6ea5"
+_REFERENCE = "#8a8a8a"
+
+
+def draw(rows: dict[str, list[dict[str, Any]]]) -> bytes:
+    """A PNG: one panel per model, a bar for each setting, a line for the floating-point model.
+
+    Args:
+        rows: by setting, "floating point:<model>" among them, one dict per seed with "AP" and "model".
+    """
+    models = list(dict.fromkeys(runs[0]["model"] for runs in rows.values()))
+    panels = [{name: runs for name, runs in rows.items() if runs[0]["model"] == model} for model in models]
+    heights = [1.0 + 0.28 * len(panel) for panel in panels]
+    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    every = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, model, panel in zip(every, models, panels, strict=True):
+        runs = {name: [r["AP"] for r in seeds] for name, seeds in panel.items() if not name.startswith("floating")}
+        means = [float(np.mean(values)) for values in runs.values()]
+        spreads = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in runs.values()]
+        places = np.arange(len(runs))
+        axes.barh(places, means, xerr=spreads, color=_BAR, height=0.7, error_kw={"capsize": 2, "lw": 1})
+        for place, mean, spread in zip(places, means, spreads, strict=True):
+            axes.text(mean + spread, place, f" {mean:.1f}", va="center", fontsize=8)
+        axes.set_yticks(places, list(runs), fontsize=8)
+        axes.invert_yaxis()
+        for name, seeds in panel.items():
+            if name.startswith("floating"):
+                axes.axvline(
+                    seeds[0]["AP"], color=_REFERENCE, lw=1, ls="--", label=f"floating point {seeds[0]['AP']:.1f}"
+                )
+        axes.legend(loc="lower right", fontsize=8, frameon=False)
+        axes.set_xlim(0, None)
+        axes.set_title(f"{model}: mask AP" + (", bars ± deviation over seeds" if any(spreads) else ""), fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
+    return image.getvalue()
