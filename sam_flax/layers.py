@@ -51,7 +51,11 @@ class Linear(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
 
     def __call__(self, x: jax.Array) -> jax.Array:  # (..., in) -> (..., out)
-        return project(self.input(x), self.kernel) + self.bias
+        return self.product(x) + self.bias
+
+    def product(self, x: jax.Array) -> jax.Array:  # (..., in) -> (..., out)
+        """The layer without its bias."""
+        return project(self.input(x), self.kernel)
 
 
 class Conv(nn.Module):

@@ -18,7 +18,7 @@ from sam_flax.image_encoder import (
     attention,
     make_block,
     relative_positions,
-    window_partition,
+    split_heads,
     window_unpartition,
 )
 from sam_flax.layers import Conv, PatchConv, Site, UpConv, project
@@ -178,7 +178,7 @@ def test_whole_graph_in_chunks_equals_stages(monkeypatch, tiny, sam_tiny_io, two
     """`Sam.apply`, with attention forced into chunks, and `SamModel`, which attends directly here."""
     images = jnp.asarray(channels_last(sam_tiny_io["image"]))
     want = tiny.decode(tiny.encode_image(images), *two_prompts)
-    monkeypatch.setattr(encoder_module, "MAX_ATTENTION_BYTES", 1)
+    monkeypatch.setattr(encoder_module, "_attention_bytes", lambda: (1, 1))
     monkeypatch.setattr(encoder_module, "QUERY_CHUNK", 16)
     got = jax.jit(tiny.sam.apply)({"params": tiny.params}, images, *two_prompts)
     assert [a.shape for a in got] == [(2, 3, 32, 32), (2, 3)]
@@ -209,9 +209,20 @@ def halve(p: jax.Array) -> jax.Array:
     return p + jax.lax.stop_gradient(jnp.round(p * 64) / 64 - p)
 
 
-@pytest.mark.parametrize("chunk", [16, 12])  # 12 does not divide the 64 queries: they stay whole
-def test_attention_in_chunks_equals_direct(monkeypatch, chunk):
-    operands = attention_operands(3, 8, 8)
+ONE_MAP = 64 * 64 * 4  # bytes of one head's map on 8x8 tokens
+
+
+@pytest.mark.parametrize(
+    ("part", "chunk"),
+    [
+        (1, 16),
+        (1, 12),  # which does not divide the 64 queries: they stay whole
+        (ONE_MAP, 16),  # head by head
+        (3 * ONE_MAP, 16),  # 3 do not divide the 4 heads: two at a time
+    ],
+)
+def test_attention_in_parts_equals_direct(monkeypatch, part, chunk):
+    operands = attention_operands(4, 8, 8)
 
     def values_and_gradients() -> Any:
         def loss(*operands: Any) -> tuple[jax.Array, jax.Array]:
@@ -223,7 +234,7 @@ def test_attention_in_chunks_equals_direct(monkeypatch, chunk):
         return out, gradients
 
     direct, direct_gradients = values_and_gradients()
-    monkeypatch.setattr(encoder_module, "MAX_ATTENTION_BYTES", 1)
+    monkeypatch.setattr(encoder_module, "_attention_bytes", lambda: (1, part))
     monkeypatch.setattr(encoder_module, "QUERY_CHUNK", chunk)
     out, gradients = values_and_gradients()
     assert_close(out, direct)
@@ -285,19 +296,27 @@ def test_relative_positions_are_row_minus_column():
 
 @pytest.mark.parametrize(("h", "w", "window"), [(8, 8, 3), (64, 64, 14), (5, 7, 4), (6, 6, 3), (2, 2, 5)])
 def test_windows(h, w, window):
-    x = np.random.default_rng(0).normal(size=(2, h, w, 3)).astype(np.float32)
-    windows = np.asarray(jax.jit(window_partition, static_argnums=1)(x, window))
+    heads, d = 2, 3
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, h, w, 3 * heads * d)).astype(np.float32)
+    bias = rng.normal(size=3 * heads * d).astype(np.float32)
+    got = np.asarray(jax.jit(split_heads, static_argnums=(2, 3))(x, bias, (window, window), heads))
     rows, cols = -(-h // window), -(-w // window)
-    assert windows.shape == (2 * rows * cols, window, window, 3)
-    padded = np.zeros((2, rows * window, cols * window, 3), np.float32)
+    assert got.shape == (3, 2 * rows * cols * heads, window * window, d)
+    padded = np.zeros((2, rows * window, cols * window, 3 * heads * d), np.float32)
     padded[:, :h, :w] = x
-    index = 0
+    windows = []
     for b in range(2):
         for i in range(rows):
             for j in range(cols):
-                part = padded[b, i * window : (i + 1) * window, j * window : (j + 1) * window]
-                np.testing.assert_array_equal(windows[index], part)
-                index += 1
+                windows.append(padded[b, i * window : (i + 1) * window, j * window : (j + 1) * window])
+    for index, part in enumerate(windows):
+        for which in range(3):
+            for head in range(heads):
+                first = (which * heads + head) * d
+                want = (part + bias)[..., first : first + d].reshape(-1, d)
+                np.testing.assert_array_equal(got[which, index * heads + head], want)
+    windows = np.array(windows)
     back = jax.jit(window_unpartition, static_argnums=1)(windows, (h, w))
     np.testing.assert_array_equal(back, x)
 
