@@ -1,7 +1,8 @@
 """Exact counts of what one image with its prompts costs: operations, bytes and reuse, layer by layer.
 
-The graph is the one of `sam_flax`, window padding included; nothing is run. A layer belongs to a kernel: layers of
-one kernel stream into each other on the chip, and only tensors that are not `on_chip` cross the DRAM interface.
+The graph is the one of `sam_flax`, padding of attention windows included; nothing is run. A layer belongs to a
+kernel: layers of one kernel stream into each other on the chip, and only tensors that are not `on_chip` cross the
+DRAM interface.
 
 Integer arithmetic of a quantized product, per pair of an activation and a weight code:
 

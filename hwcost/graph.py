@@ -1,4 +1,6 @@
-"""The graph of `sam_flax` as layers, window padding included: the encoder once, the decoder for all prompts.
+"""The graph of `sam_flax` as layers: the encoder once, the decoder for all prompts.
+
+Attention windows are padded to whole ones; the projections before and after them see no padding.
 
 Rows of all prompts share one product in the decoder, so its weights are read once for all of them.
 """
@@ -26,20 +28,20 @@ def _encoder_block(b: Builder, c: SamConfig, index: int) -> None:
     block, window = f"image_encoder/blocks_{index}", c.block_window(index)
     side = window or c.grid
     windows = (-(-c.grid // window)) ** 2 if window else 1
-    tokens, padded, dim = c.grid**2, windows * side**2, c.embed_dim
+    tokens, dim = c.grid**2, c.embed_dim
     stream = (tokens * dim,)  # the residual stream, in floating point
 
     attn = f"{block}/attn"
     kernel = f"{attn}/qkv"
     b.norm(f"{block}/norm1", kernel, tokens, dim, reads=stream)
     # q, k and v are three uniform sites of one format.
-    b.linear(kernel, kernel, padded, dim, 3 * dim, a_on_chip=True, out_site=f"{attn}/q")
+    b.linear(kernel, kernel, tokens, dim, 3 * dim, a_on_chip=True, out_site=f"{attn}/q")
     b.attention(
         attn, heads=c.num_heads * windows, queries=side**2, keys=side**2, dim=c.head_dim, positions=side,
         out_site=f"{attn}/proj/input",
     )  # fmt: skip
     kernel = f"{attn}/proj"
-    b.linear(kernel, kernel, padded, dim, dim, codes_arrive=True, out_on_chip=True)
+    b.linear(kernel, kernel, tokens, dim, dim, codes_arrive=True, out_on_chip=True)
     b.plain(f"{attn}/residual", kernel, "elementwise", tokens * dim, 1, reads=stream, writes=stream)
 
     hidden, mlp = int(dim * c.mlp_ratio), f"{block}/mlp"
