@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from ahcptq_jax import grouping, search
 from ahcptq_jax.quantizers import Hybrid
+from experiments import benchmark_learning
 from sam_flax import Sam, SamModel
 from sam_flax.config import MINI, VIT_B, VIT_H, VIT_L, SamConfig
 
@@ -196,6 +197,18 @@ def _matmul(toy: bool) -> Work:
     return Work(lambda: product(a, b), flops=2.0 * side**3)
 
 
+def _mlp_step(learn: bool) -> Callable[[bool], Work]:
+    def prepare(toy: bool) -> Work:
+        sizes = (16, 32, 4) if toy else (768, 3072, 64)
+        return Work(benchmark_learning.mlp_step(*sizes) if learn else benchmark_learning.float_mlp_step(*sizes))
+
+    return prepare
+
+
+def _block_pair(toy: bool) -> Work:
+    return Work(benchmark_learning.block_pair_step(_toy(VIT_B) if toy else VIT_B, images=2 if toy else 32))
+
+
 ROWS = (
     Row("matmul", "float32 product, 2048x2048 by 2048x2048", _matmul),
     Row("encoder_b", "SAM-B image encoder, 1x1024x1024", _encoder(VIT_B), _torch_encoder(VIT_B)),
@@ -206,6 +219,9 @@ ROWS = (
     Row("weight_search_768", "weight range search, 4 bits, 768 -> 768", _weight_search(768, 768)),
     Row("softmax_search", "softmax search, 12x1024x1024 attention, values 64 wide", _softmax_search),
     Row("hluq_forward", "HLUQ fake-quant forward, 4096x3072", _hluq_forward),
+    Row("mlp_step", "reconstruction step, MLP 768-3072-768, 4096 tokens", _mlp_step(learn=True)),
+    Row("mlp_float_step", "gradient step of the same MLP in floating point", _mlp_step(learn=False)),
+    Row("block_pair", "a step of each part of a windowed and a global block, SAM-B, 32 images", _block_pair),
     Row("cag_ladder", "CAG ladder 32-16-8-4, 768 channels, per layer of 24 at once", _cag_ladder),
 )
 
