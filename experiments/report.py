@@ -393,8 +393,8 @@ def _layers(layers: Sequence[HybridPanel | GroupPanel]) -> str:
         figures = "".join(_figure(_plot_groups, panel, _describe_groups(panel)) for panel in grouped)
         text += (
             "<section><h2>Channels and their groups (CAG)</h2>"
-            "<p>Input of a projection: every channel has its own range. Channels with like scale and zero "
-            "point share one pair of them, so that the hardware holds a few pairs instead of one per "
+            "<p>Input of a projection: every channel has its own range. Channels of like ranges share "
+            "a scale and a zero point, so that the hardware holds a few pairs instead of one per "
             "channel.</p>"
             f"{figures}</section>"
         )
