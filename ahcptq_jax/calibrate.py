@@ -4,9 +4,11 @@ Statistics are taken on the floating-point model, one image at a time, inside th
 activations never leave it. Blocks of one kind share one compilation, whatever their number.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax import bimodal, grouping, search
+from ahcptq_jax import bimodal, checkpoints, grouping, search
 from ahcptq_jax import percentile as percentiles
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform
@@ -226,30 +228,86 @@ class _ApplyStage:
         return isinstance(other, _ApplyStage) and (self.module, self.method) == (other.module, other.method)
 
 
+@dataclasses.dataclass(frozen=True)
+class SavedStatistics:
+    """The encoder's calibration in a folder, so that a killed one goes on after its last finished image.
+
+    Attributes:
+        folder: holds one file of statistics and one for each embedding.
+        identity: of the run, see `checkpoints.fingerprint`.
+    """
+
+    folder: Path
+    identity: str
+
+    def load(self, empty: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """Statistics and embeddings of the finished images; `empty` statistics and none if there is no file.
+
+        Raises:
+            ValueError: if a file is damaged or another run's.
+        """
+        path = self.folder / "statistics.npz"
+        arrays = checkpoints.load(path, self.identity)
+        if arrays is None:
+            return empty, []
+        leaves, structure = jax.tree.flatten(empty)
+        checkpoints.check_names(path, arrays, ["images", *(f"leaf/{i}" for i in range(len(leaves)))])
+        found = [arrays[f"leaf/{i}"] for i in range(len(leaves))]
+        if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(found, leaves, strict=True)):
+            raise checkpoints.damaged(path, "an array has a wrong shape")
+        embeddings = []
+        for index in range(int(arrays["images"])):
+            file = self._embedding(index)
+            embedding = checkpoints.load(file, self.identity)
+            if embedding is None or "embedding" not in embedding:
+                raise checkpoints.damaged(path, f"{file.name}, which belongs to it, is missing")
+            embeddings.append(embedding["embedding"])
+        return jax.tree.unflatten(structure, [jnp.asarray(a) for a in found]), embeddings
+
+    def add(self, statistics: dict[str, Any], embeddings: Sequence[np.ndarray]) -> None:
+        """Saves the state after the image of the last embedding."""
+        last = len(embeddings) - 1
+        # The embedding first: statistics that count an image always find its embedding.
+        checkpoints.save(self._embedding(last), self.identity, {"embedding": embeddings[last]})
+        leaves = {f"leaf/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(statistics))}
+        checkpoints.save(self.folder / "statistics.npz", self.identity, leaves | {"images": np.array(len(embeddings))})
+
+    def _embedding(self, index: int) -> Path:
+        return self.folder / f"embedding_{index:04d}.npz"
+
+
 def observe_encoder(
     sam: Sam,
     params: Params,
     images: Iterable[np.ndarray],
     config: QuantConfig,
     embed: Callable[[jax.Array], jax.Array],
+    saved: SavedStatistics | None = None,
 ) -> tuple[dict[str, Quantizer], list[np.ndarray]]:
     """Quantizers of the image encoder, and the floating-point embedding of each image.
 
     Args:
         images: canvases (S, S, 3), normalised and padded.
         embed: patch embedding, (1, S, S, 3) -> (1, g, g, D).
+        saved: where the state is kept after each image; images that it has are not run again.
     """
     encoder = params["image_encoder"]
     stages = [(key, _ApplyStage(module)) for key, module in encoder_stages(sam.config)]
+    tokens = jax.ShapeDtypeStruct((1, sam.config.grid, sam.config.grid, sam.config.embed_dim), jnp.float32)
     sites: dict[str, Sites] = {}
     statistics: dict[str, dict[str, Any]] = {}
-    embeddings = []
+    for stage, run in stages:
+        sites[stage], statistics[stage] = discover(run, encoder[stage], tokens, f"image_encoder/{stage}/", config)
+    embeddings: list[np.ndarray] = []
+    if saved is not None:
+        statistics, embeddings = saved.load(statistics)
+    done = len(embeddings)
     for index, image in enumerate(images):
+        if index < done:
+            continue
         x = embed(jnp.asarray(image[None]))
         key = jax.random.fold_in(jax.random.key(config.seed), index)
         for stage, run in stages:
-            if stage not in sites:
-                sites[stage], statistics[stage] = discover(run, encoder[stage], x, f"image_encoder/{stage}/", config)
             x, statistics[stage] = observe(
                 run,
                 encoder[stage],
@@ -260,6 +318,8 @@ def observe_encoder(
                 config=_relevant(config, sites[stage]),
             )
         embeddings.append(np.asarray(x))
+        if saved is not None:
+            saved.add(statistics, embeddings)
     places = [(f"image_encoder/{stage}/{path}", stage, path, kind) for stage in sites for path, kind in sites[stage]]
     kinds = {full: kind for full, _, _, kind in places}
     quantizers = finalize({full: statistics[stage][path] for full, stage, path, _ in places}, kinds, config)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ahcptq_jax import calibrate, search
+from ahcptq_jax import calibrate, checkpoints, search
 from ahcptq_jax.config import W4A4, QuantConfig
 from ahcptq_jax.quantized import Quantized, QuantizedWeight
 from ahcptq_jax.quantizers import Uniform
@@ -20,6 +21,8 @@ from sam_flax import preprocessing
 from sam_flax.checkpoint import infer_config
 from sam_flax.image_encoder import PatchEmbed
 from sam_flax.sam import Params, Sam, apply_embed
+
+_STATE_FORMAT = "calibration 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +79,25 @@ def _check_model(sam: Sam | None, params: Params) -> Sam:
     return sam
 
 
-def quantize_model(sam: Sam, params: Params, calib: Iterable[Any], config: QuantConfig, *, progress: bool) -> Quantized:
-    """`quantize` with the module given; `progress` shows bars on stderr."""
+def quantize_model(
+    sam: Sam,
+    params: Params,
+    calib: Iterable[Any],
+    config: QuantConfig,
+    *,
+    progress: bool,
+    state_dir: str | Path | None = None,
+) -> Quantized:
+    """`quantize` with the module given.
+
+    Args:
+        progress: shows bars on stderr.
+        state_dir: where the encoder's statistics are kept after each image, and found again by a later run with the
+            same arguments, which ends with the same result.
+
+    Raises:
+        ValueError: as `quantize`, or if a file in `state_dir` is damaged or another run's.
+    """
     _check_finite(params)
     if not isinstance(calib, Iterable):
         raise ValueError(f"calib must be an iterable of images but is a {type(calib).__name__}; pass a list.")
@@ -92,8 +112,12 @@ def quantize_model(sam: Sam, params: Params, calib: Iterable[Any], config: Quant
     # METHOD 6: statistics come from the floating-point model; BIG is done before the decoder is calibrated.
     embed_params = {k: params["image_encoder"][k] for k in ("patch_embed", "pos_embed")}
     embed = partial(apply_embed, PatchEmbed(sam.config.patch_size, sam.config.embed_dim, parent=None), embed_params)
+    saved = None
+    if state_dir is not None:
+        identity = checkpoints.fingerprint(_STATE_FORMAT, config, params, [item.canvas for item in items])
+        saved = calibrate.SavedStatistics(Path(state_dir), identity)
     canvases = bar([item.canvas for item in items], "calibrate encoder")
-    activations, embeddings = calibrate.observe_encoder(sam, params, canvases, config, embed)
+    activations, embeddings = calibrate.observe_encoder(sam, params, canvases, config, embed, saved)
     boxes = [item.boxes for item in items]
     if config.big:
         params, _ = calibrate.unify_keys(sam, params, embeddings, boxes)

@@ -78,7 +78,14 @@ def quantize_reconstructed(
     Channels stay on their own in the calibration, and are grouped while they are learned.
     """
     items = list(calib)
-    calibrated = quantize_model(sam, params, items, dataclasses.replace(config, groups=0), progress=progress)
+    calibrated = quantize_model(
+        sam,
+        params,
+        items,
+        dataclasses.replace(config, groups=0),
+        progress=progress,
+        state_dir=None if state_dir is None else Path(state_dir) / "calibration",
+    )
     rng = np.random.default_rng(config.seed)
     images = [prepare(i, item, sam, config, rng) for i, item in enumerate(items)]
     return reconstruct(

@@ -195,8 +195,9 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         # They serve interrupted runs only: a later run may be one of other code.
         for file in partial:
             file.unlink(missing_ok=True)
-    for folder in (out / "partial").glob("reconstruction-*"):
-        shutil.rmtree(folder)
+    for stage in ("calibration", "reconstruction"):
+        for folder in (out / "partial").glob(f"{stage}-*"):
+            shutil.rmtree(folder)
     if (out / "partial").exists() and not any((out / "partial").iterdir()):
         (out / "partial").rmdir()
     return results
@@ -217,11 +218,12 @@ def _quantize(
 ) -> tuple[Quantized, list[UnitReport]]:
     """The quantized model and, where the method learns, how each unit went; a killed run goes on in `partial`."""
     config, reconstruction = options.quant_config(), options.reconstruction_config()
-    if reconstruction is None:
-        return quantize_model(sam, params, calib, config, progress=True), []
     images = _fingerprint([np.asarray(array) for item in calib for array in item])
     # The name tells everything apart, so that a run with other flags into the same folder starts anew.
     identity = hashlib.sha256(f"{model_id} {images} {config} {reconstruction}".encode()).hexdigest()[:12]
+    if reconstruction is None:
+        folder = partial / f"calibration-{identity}"
+        return quantize_model(sam, params, calib, config, progress=True, state_dir=folder), []
     units: list[UnitReport] = []
     quantized = quantize_reconstructed(
         sam,

@@ -11,7 +11,7 @@ from ahcptq_jax.learning import ReconstructionConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
 
 # Fields of `Options` that are switches of `QuantConfig`, where they are given.
-_SWITCHES = ("hluq", "cag", "big", "agq", "groups", "group_metric", "hluq_fine", "hluq_reach_maximum")
+_SWITCHES = ("hluq", "cag", "big", "agq", "groups", "group_metric", "hluq_fine", "hluq_reach_maximum", "softmax_rows")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Options:
     big: bool | None = None
     agq: bool | None = None
     groups: int | None = None
+    softmax_rows: int | None = None
     group_metric: str | None = None
     hluq_fine: bool | None = None
     hluq_reach_maximum: bool | None = None
@@ -114,6 +115,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("big", d.big, "Override the method: sign flips of bimodal keys.")
     flags.DEFINE_bool("agq", d.agq, "Override the method: log2 softmax.")
     flags.DEFINE_integer("groups", d.groups, "Override the method: CAG groups; 0 keeps every channel alone.")
+    flags.DEFINE_integer("softmax_rows", d.softmax_rows, "Queries per head in the softmax search (512); 0 takes all.")
     flags.DEFINE_enum("group_metric", d.group_metric, list(METRICS), "Override the method: what CAG's k-means sees.")
     flags.DEFINE_bool("hluq_fine", d.hluq_fine, "Override the method: a finer search of HLUQ's breakpoint.")
     flags.DEFINE_bool("hluq_reach_maximum", d.hluq_reach_maximum, "Override: HLUQ's last code is the maximum.")

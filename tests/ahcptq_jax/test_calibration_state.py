@@ -1,0 +1,98 @@
+"""A killed calibration goes on after its last finished image and ends with the same result."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from ahcptq_jax import calibrate
+from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.quantize import quantize_model
+from ahcptq_jax.quantized import Quantized
+from sam_flax import Sam
+
+IMAGES = 3
+# The configuration, apart from the plain weight ranges, of most other tests: one compilation serves all.
+CONFIG = QuantConfig(weight_search=False)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def setting(sam_tiny: Any) -> tuple[Sam, Any, list[np.ndarray]]:
+    config, params = sam_tiny
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (config.img_size, config.img_size, 3), np.uint8) for _ in range(IMAGES)]
+    return Sam(config), params, images
+
+
+@pytest.fixture(scope="module")
+def whole(setting: Any) -> Quantized:
+    return quantize_model(*setting, CONFIG, progress=False)
+
+
+def stages_run(monkeypatch: pytest.MonkeyPatch, until: int | None = None) -> list[int]:
+    """Counts the parts of the model that are run; `until` lets the run be killed at that one."""
+    count = [0]
+    observe = calibrate.observe
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        if count[0] == until:
+            raise Killed
+        return observe(*args, **kwargs)
+
+    monkeypatch.setattr(calibrate, "observe", counting)
+    return count
+
+
+def test_a_killed_calibration_ends_with_the_same_result(setting, whole, tmp_path, monkeypatch):
+    per_image = setting[0].config.depth + 1
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stages_run(patch, until=2 * per_image + 2)  # within the third image
+        quantize_model(*setting, CONFIG, progress=False, state_dir=tmp_path)
+    assert len(list(tmp_path.glob("embedding_*.npz"))) == 2
+    with monkeypatch.context() as patch:
+        count = stages_run(patch)
+        resumed = quantize_model(*setting, CONFIG, progress=False, state_dir=tmp_path)
+    assert count[0] == per_image + IMAGES  # the third image, and the decoder for each
+    assert jax.tree.structure(resumed) == jax.tree.structure(whole)
+    for got, want in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(got, want)
+    # A third run takes everything from the folder.
+    with monkeypatch.context() as patch:
+        count = stages_run(patch)
+        again = quantize_model(*setting, CONFIG, progress=False, state_dir=tmp_path)
+    assert count[0] == IMAGES
+    for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def saved_state(setting: Any, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        stages_run(patch, until=setting[0].config.depth + 2)
+        quantize_model(*setting, CONFIG, progress=False, state_dir=folder)
+
+
+def test_another_runs_state_is_refused(setting, tmp_path):
+    saved_state(setting, tmp_path)
+    sam, params, images = setting
+    for other in ((images[::-1], CONFIG), (images, QuantConfig(weight_search=False, seed=1))):
+        with pytest.raises(ValueError, match="other weights, images or settings"):
+            quantize_model(sam, params, *other, progress=False, state_dir=tmp_path)
+
+
+def test_damaged_state_is_refused(setting, tmp_path):
+    saved_state(setting, tmp_path)
+    file = tmp_path / "embedding_0000.npz"
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(ValueError, match="embedding_0000.npz, which belongs to it, is missing"):
+        quantize_model(*setting, CONFIG, progress=False, state_dir=tmp_path)
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="embedding_0000.npz is damaged"):
+        quantize_model(*setting, CONFIG, progress=False, state_dir=tmp_path)
