@@ -13,8 +13,10 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +25,7 @@ import tqdm
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 
+from experiments import devices
 from experiments.coco import BoxSet, CocoDataset, ImageBoxes, ImageItem, quiet_coco, stream_images
 from experiments.results import write_atomically
 
@@ -97,7 +100,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    predictor: Predictor,
+    predictor: Predictor | Sequence[Predictor],
     dataset: CocoDataset,
     boxes: BoxSet,
     *,
@@ -111,7 +114,8 @@ def evaluate(
     """Predicts one mask per box and scores the masks.
 
     Args:
-      predictor: the model; its `set_image` is called once per image that has prompts.
+      predictor: the model; its `set_image` is called once per image that has prompts. A sequence holds a copy for
+        each local device (`devices.predictors`): the images are then shared among all devices of all processes.
       dataset: images and ground truth.
       boxes: prompts, from `load_boxes`.
       blank: replaces every image by mid-gray of the same size. The score that remains shows how much the
@@ -145,22 +149,68 @@ def evaluate(
             "blank": blank,
         }
         done = _open_journal(journal, header, dataset, boxes)
-    resumed = len(done)
-    todo = [item for item in dataset.items if item.image_id not in done]
-    prompted = [item for item in todo if len(boxes.per_image[item.image_id])]
-    source = _blank_images(prompted) if blank else stream_images(dataset, prompted)
+    copies = list(predictor) if isinstance(predictor, Sequence) else [predictor]
+    parts = [list(dataset.items)]
+    if isinstance(predictor, Sequence):
+        parts = [[dataset.items[i] for i in share] for share in devices.shares(len(dataset.items))]
+    own = [item for part in parts for item in part]
+    resumed = sum(item.image_id in done for item in own)
     results = dict(done)
     bar = tqdm.tqdm(
-        total=len(dataset.items),
+        total=len(own),
         initial=resumed,
         desc=progress,
         unit="image",
         file=sys.stderr,
         disable=progress is None,
     )
+    lock, failed = threading.Lock(), threading.Event()
+
+    def predict(copy: Predictor, part: Sequence[ImageItem]) -> None:
+        todo = [item for item in part if item.image_id not in done]
+        try:
+            for result in _predict_images(copy, dataset, boxes, todo, blank, chunk_sizes):
+                with lock:
+                    results[result.image_id] = result
+                    if journal is not None:
+                        _append_to_journal(journal, result)
+                    bar.update()
+                if failed.is_set():
+                    return
+        except BaseException:
+            failed.set()
+            raise
+
+    with bar:
+        if len(copies) == 1:
+            predict(copies[0], parts[0])
+        else:
+            with ThreadPoolExecutor(len(copies), thread_name_prefix="device") as pool:
+                for future in [pool.submit(predict, *pair) for pair in zip(copies, parts, strict=True)]:
+                    future.result()
+    if isinstance(predictor, Sequence):
+        found = devices.gather({image_id: _to_record(result) for image_id, result in results.items()})
+        results = {item.image_id: _from_record(found[item.image_id], item) for item in dataset.items}
+    results = {item.image_id: results[item.image_id] for item in dataset.items}
+    metrics: dict[str, float | None] = dict(average_precision(dataset, boxes, results, use_categories=use_categories))
+    metrics["mIoU"], note = mean_iou(dataset, boxes, results, use_categories=use_categories)
+    return EvaluationResult(metrics, results, time.perf_counter() - start, resumed, note)
+
+
+def _predict_images(
+    predictor: Predictor,
+    dataset: CocoDataset,
+    boxes: BoxSet,
+    items: Sequence[ImageItem],
+    blank: bool,
+    chunk_sizes: Sequence[int],
+) -> Generator[ImageResult]:
+    """The predictions of images, one after another, while the next ones are read."""
+    prompted = [item for item in items if len(boxes.per_image[item.image_id])]
+    source = _blank_images(prompted) if blank else stream_images(dataset, prompted)
     last_blank: tuple[int, int] | None = None
-    with bar, contextlib.closing(source):
-        for item in todo:
+    with contextlib.closing(source):
+        for item in items:
             prompts = boxes.per_image[item.image_id]
             if len(prompts):
                 item, image = next(source)
@@ -168,15 +218,7 @@ def evaluate(
                 if not blank or image.shape[:2] != last_blank:
                     predictor.set_image(image)
                     last_blank = image.shape[:2]
-            result = predict_image(predictor, item, prompts, chunk_sizes)
-            results[item.image_id] = result
-            if journal is not None:
-                _append_to_journal(journal, result)
-            bar.update()
-    results = {item.image_id: results[item.image_id] for item in dataset.items}
-    metrics: dict[str, float | None] = dict(average_precision(dataset, boxes, results, use_categories=use_categories))
-    metrics["mIoU"], note = mean_iou(dataset, boxes, results, use_categories=use_categories)
-    return EvaluationResult(metrics, results, time.perf_counter() - start, resumed, note)
+            yield predict_image(predictor, item, prompts, chunk_sizes)
 
 
 def predict_image(
@@ -463,17 +505,27 @@ def _parse_result(record: Mapping[str, Any], items: Mapping[int, ImageItem], box
     if not all(isinstance(c, str) for c in counts) or not all(isinstance(v, float) and math.isfinite(v) for v in iou):
         return None
     item = items[image_id]
-    return ImageResult(image_id, (item.height, item.width), tuple(counts), np.array(iou, np.float64))
+    return _from_record(record, item)
 
 
-def _append_to_journal(path: Path, result: ImageResult) -> None:
-    """Adds one line in one write, so that a killed run leaves at most its last line incomplete."""
-    record = {
+def _to_record(result: ImageResult) -> dict[str, Any]:
+    """The predictions as JSON; floats keep every bit."""
+    return {
         "image_id": result.image_id,
         "counts": result.counts,
         "predicted_iou": result.predicted_iou.tolist(),
     }
-    line = (json.dumps(record) + "\n").encode()
+
+
+def _from_record(record: Mapping[str, Any], item: ImageItem) -> ImageResult:
+    """Inverse of `_to_record`."""
+    iou = np.array(record["predicted_iou"], np.float64)
+    return ImageResult(item.image_id, (item.height, item.width), tuple(record["counts"]), iou)
+
+
+def _append_to_journal(path: Path, result: ImageResult) -> None:
+    """Adds one line in one write, so that a killed run leaves at most its last line incomplete."""
+    line = (json.dumps(_to_record(result)) + "\n").encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
         os.write(handle, line)

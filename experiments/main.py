@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app
+from absl import app, flags
 from tqdm import tqdm
 
 import ahcptq_jax
@@ -32,13 +32,13 @@ from ahcptq_jax.harder import make_harder
 from ahcptq_jax.quantize import quantize_model
 from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.reconstruct import UnitReport, quantize_reconstructed
-from experiments import coco, evaluate, panels, report
+from experiments import coco, devices, evaluate, panels, report
 from experiments.options import Options, define_flags, options_from_flags
 from experiments.results import write_atomically, write_json
 from experiments.scenes import CALIB_SEED, EVAL_SEED, scene_dataset, to_coco
 from hwcost.codes import to_json
 from hwcost.measure import measure_histograms
-from sam_flax import SamModel, SamPredictor, load_sam
+from sam_flax import SamModel, load_sam
 from sam_flax.config import SamConfig
 from sam_flax.sam import Params, Sam
 
@@ -129,7 +129,7 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         file = (journal or out / "partial") / f"{name}-{'blank' if blank else 'real'}-{where}.jsonl"
         partial.append(file)
         return evaluate.evaluate(
-            SamPredictor(model),
+            devices.predictors(model),
             dataset,
             boxes,
             blank=blank,
@@ -316,9 +316,17 @@ def main(argv: list[str]) -> int:
         return 2
     # absl shows INFO, at which JAX tells of every accelerator that is absent.
     logging.getLogger("jax").setLevel(logging.WARNING)
+    values = flags.FLAGS
     try:
         options = options_from_flags()
+        devices.connect(values.coordinator, values.num_processes, values.process_id)
+        if helper := jax.process_index():
+            # All processes do all but the evaluation, whose images they share; process 0 alone leaves files.
+            options = dataclasses.replace(options, out=str(Path(options.out) / f"process_{helper}"))
         results = run(options)
+        if helper:
+            shutil.rmtree(options.out)
+            return 0
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -338,6 +346,7 @@ def use_compilation_cache() -> None:
 def cli() -> None:
     """Console entry."""
     define_flags()
+    devices.define_flags()
     use_compilation_cache()
     app.run(main)
 
