@@ -30,6 +30,8 @@ REGROUP_AT = (0.2, 0.4, 0.6, 0.8)
 PAPER_ITERATIONS = 20000
 PAPER_ROUNDING_RATE = 1e-3
 PAPER_SCALE_RATE = 4e-5
+RELATIVE_SCALE_RATE = 1e-4
+MOST_SCALE_RATE = 0.05
 
 _SCALES: dict[type, tuple[str, ...]] = {
     Uniform: ("scale",),
@@ -41,11 +43,14 @@ _SCALES: dict[type, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
-    """Switches and numbers of the reconstruction; the defaults are the paper's.
+    """Switches and numbers of the reconstruction; the defaults are the paper's but for the steps of the scales.
 
-    Learning rates that are not given are the paper's for its 20000 iterations, and larger by the square root of how
-    many times fewer there are: Adam's steps of a noisy gradient add up like a random walk, so that this keeps the
-    distance a parameter can travel. (200 iterations: 1e-2 and 4e-4.)
+    Learning rates that are not given depend on the number of iterations, so that few of them travel as far as the
+    paper's 20000. Its rounding rate grows by the square root of how many times fewer there are (noisy gradients, whose
+    steps add up like a random walk), its scale rate in proportion (scales move one way). A scale's step is relative to
+    the scale by default, where 1e-4 takes the place of the paper's 4e-5, which is 1e-4 of a scale of 0.4: on MINI at
+    200 iterations masks agree more with floating point than with absolute steps of any size that was tried.
+    200 iterations: 1e-2 and 1e-2.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -57,6 +62,7 @@ class ReconstructionConfig:
     learn_scales: bool = True  # LSQ
     rounding_rate: float | None = None  # Adam, constant; None: see above
     scale_rate: float | None = None  # Adam, cosine decay to 0 over all iterations; None: see above
+    relative_steps: bool = True  # steps of scales in proportion to the scale; the official ones are absolute
     # QDrop: share of a unit's input that is taken from the floating-point model, and of every activation inside that
     # passes unquantized, drawn elementwise.
     input_drop: float = 0.5
@@ -90,9 +96,13 @@ class ReconstructionConfig:
 
     def rates(self) -> tuple[float, float]:
         """Learning rates of rounding and of scales."""
-        faster = math.sqrt(PAPER_ITERATIONS / max(self.iterations, 1))
-        rounding = PAPER_ROUNDING_RATE * faster if self.rounding_rate is None else self.rounding_rate
-        return rounding, PAPER_SCALE_RATE * faster if self.scale_rate is None else self.scale_rate
+        fewer = PAPER_ITERATIONS / max(self.iterations, 1)
+        rounding = PAPER_ROUNDING_RATE * math.sqrt(fewer) if self.rounding_rate is None else self.rounding_rate
+        if self.scale_rate is not None:
+            return rounding, self.scale_rate
+        return rounding, min(
+            (RELATIVE_SCALE_RATE if self.relative_steps else PAPER_SCALE_RATE) * fewer, MOST_SCALE_RATE
+        )
 
     def result_settings(self) -> "ReconstructionConfig":
         """Itself with defaults for what has no influence on the result; equal settings give equal results."""
@@ -313,6 +323,9 @@ def advance(
         updates, rounding_moments = rounding_optimizer.update(gradients[0], state.rounding_moments)
         rounding = optax.apply_updates(state.rounding, updates)
         updates, scale_moments = scale_optimizer.update(gradients[1], state.scale_moments)
+        if config.relative_steps:
+            # Scales of a few thousandths and of several units take part alike.
+            updates = jax.tree.map(jnp.multiply, updates, scales)
         # As the official code: a scale that crosses zero is reflected.
         scales = jax.tree.map(lambda s: jnp.maximum(jnp.abs(s), MIN_SCALE), optax.apply_updates(scales, updates))
         quantizers = _with_scales(state.quantizers, scales)
