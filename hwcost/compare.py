@@ -8,13 +8,13 @@ import numpy as np
 
 from ahcptq_jax.config import QuantConfig
 from hwcost.accelerator import Accelerator, Design
-from hwcost.codes import AssumedCodes, Histogram, Shares, mini_codes
-from hwcost.constants import CONSTANTS, draws, nominal
+from hwcost.codes import AssumedCodes, Histogram, Shares
+from hwcost.constants import CONSTANTS, Constants, draws, nominal
 from hwcost.counts import Counts, count
 from hwcost.estimate import Estimate, estimate
 from sam_flax.config import SamConfig
 
-SAMPLES = 400
+SAMPLES = 200
 SEED = 0
 INTERVAL = (5.0, 95.0)  # percentiles of the draws
 GROUPS = (1, 2, 4, 8, 16)
@@ -93,7 +93,12 @@ def variants(
     if quant_config.cag:
         add("no_cag", f"{tag} without CAG", changed(cag=False), element=element)
         for groups in GROUPS:
-            add(f"groups_{groups}", f"{tag}, {groups} groups", changed(groups=groups), element=element)
+            add(
+                f"groups_{groups}",
+                f"{tag}, {groups} group{'s' if groups > 1 else ''}",
+                changed(groups=groups),
+                element=element,
+            )
             if groups > 1:
                 label = f"{tag}, {groups} groups told apart in the column"
                 add(
@@ -148,9 +153,9 @@ class Comparison:
         return [(name, float(gain)) for name, gain, _ in sorted(rows, key=lambda row: -row[2]) if gain < least]
 
 
-def compare(table: dict[str, Variant], accelerator: Accelerator) -> Comparison:
+def compare(table: dict[str, Variant], accelerator: Accelerator, constants: Constants = CONSTANTS) -> Comparison:
     """Estimates every variant on a board."""
-    base, drawn = nominal(), draws(SAMPLES, SEED)
+    base, drawn = nominal(constants), draws(SAMPLES, SEED, constants)
     values = {name: np.concatenate([[base[name]], drawn[name]]) for name in base}
     estimates = {name: estimate(x.counts, x.design, accelerator, values) for name, x in table.items()}
     elements = float(estimates["fp32"].elements[0])
@@ -193,11 +198,13 @@ class Sensitivity:
         return max(abs(float(np.log(changed / base))) for changed, base in pairs)
 
 
-def sensitivities(table: dict[str, Variant], accelerator: Accelerator) -> list[Sensitivity]:
+def sensitivities(
+    table: dict[str, Variant], accelerator: Accelerator, constants: Constants = CONSTANTS
+) -> list[Sensitivity]:
     """The tornado table: one constant at a time, the one that matters most first."""
-    base = nominal()
+    base = nominal(constants)
     settings: list[tuple[str, float]] = []
-    for name, c in CONSTANTS.items():
+    for name, c in constants.items():
         settings += [(name, x) for x in (c.low, c.high, c.value / 2, min(2 * c.value, c.most))]
     values = {name: np.full(1 + len(settings), value) for name, value in base.items()}
     for column, (name, value) in enumerate(settings, start=1):
@@ -205,7 +212,7 @@ def sensitivities(table: dict[str, Variant], accelerator: Accelerator) -> list[S
     fp, method = (estimate(x.counts, x.design, accelerator, values) for x in (table["fp32"], table[METHOD]))
     speed, energy = fp.seconds / method.seconds, fp.total_joules / method.total_joules
     rows = []
-    for index, name in enumerate(CONSTANTS):
+    for index, name in enumerate(constants):
         s, e = speed[1 + 4 * index : 5 + 4 * index], energy[1 + 4 * index : 5 + 4 * index]
         rows.append(
             Sensitivity(
@@ -222,10 +229,17 @@ def sensitivities(table: dict[str, Variant], accelerator: Accelerator) -> list[S
 
 
 def code_sensitivities(
-    sam_config: SamConfig, quant_config: QuantConfig, accelerator: Accelerator, *, prompts: int = 1
+    table: dict[str, Variant], accelerator: Accelerator, constants: Constants = CONSTANTS
 ) -> list[Sensitivity]:
-    """The same for the assumed shares of codes: half and twice as many, which is also their range."""
-    base = mini_codes()
+    """The same for the assumed shares of codes: half and twice as many, which is also their range.
+
+    Sites with a measured histogram are not in question; they count as assumed here.
+    """
+    method, values = table[METHOD], nominal(constants)
+    quant_config, base = method.counts.quant_config, method.counts.assumed
+    fp = estimate(table["fp32"].counts, table["fp32"].design, accelerator, values)
+    if quant_config is None:
+        return []
 
     def shares(old: Shares, factor: float, name: str) -> Shares:
         value = min(1.0, getattr(old, name) * factor)
@@ -234,9 +248,12 @@ def code_sensitivities(
         return Shares(**{name: value}, **{n: x * scale for n, x in others.items()})
 
     def gains(assumed: AssumedCodes) -> tuple[float, float]:
-        table = variants(sam_config, quant_config, prompts=prompts, assumed=assumed)
-        fp, method = (estimate(x.counts, x.design, accelerator, nominal()) for x in (table["fp32"], table[METHOD]))
-        return float((fp.seconds / method.seconds)[0]), float((fp.total_joules / method.total_joules)[0])
+        counts = count(
+            method.counts.sam_config, quant_config,
+            prompts=method.counts.prompts, float_bits=method.counts.float_bits, assumed=assumed,
+        )  # fmt: skip
+        result = estimate(counts, method.design, accelerator, values)
+        return float((fp.seconds / result.seconds)[0]), float((fp.total_joules / result.total_joules)[0])
 
     changes: dict[str, list[AssumedCodes]] = {}
     factors = (0.5, 2.0)

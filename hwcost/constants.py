@@ -177,18 +177,38 @@ CONSTANTS: dict[str, Constant] = {record.name: record for record in (*_ENERGY, *
 Values = Mapping[str, Any]
 
 
-def nominal() -> dict[str, float]:
+Constants = Mapping[str, Constant]
+
+
+def nominal(constants: Constants = CONSTANTS) -> dict[str, float]:
     """The constants' values."""
-    return {name: record.value for name, record in CONSTANTS.items()}
+    return {name: record.value for name, record in constants.items()}
 
 
-def draws(count: int, seed: int) -> dict[str, np.ndarray]:
+def draws(count: int, seed: int, constants: Constants = CONSTANTS) -> dict[str, np.ndarray]:
     """`count` random sets of constants: each from a triangle over its range with the peak at its value; (count,)."""
     rng = np.random.default_rng(seed)
     return {
         name: np.full(count, c.value) if c.low == c.high else rng.triangular(c.low, c.value, c.high, count)
-        for name, c in CONSTANTS.items()
+        for name, c in constants.items()
     }
+
+
+def with_values(pairs: Mapping[str, float]) -> dict[str, Constant]:
+    """The constants with some of them fixed to given values.
+
+    Raises:
+        ValueError: if a name is unknown or a value impossible.
+    """
+    constants = dict(CONSTANTS)
+    for name, value in pairs.items():
+        if name not in CONSTANTS:
+            raise ValueError(f"There is no constant {name!r}; known are {', '.join(CONSTANTS)}.")
+        if not 0 < value <= CONSTANTS[name].most:
+            raise ValueError(f"{name}={value} must lie above 0 and be at most {CONSTANTS[name].most}.")
+        fixed = {"value": value, "low": value, "high": value, "source": "given by the user", "status": "assumption"}
+        constants[name] = dataclasses.replace(CONSTANTS[name], **fixed)  # type: ignore[arg-type]
+    return constants
 
 
 @functools.cache

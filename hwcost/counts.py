@@ -15,6 +15,8 @@ and per output one rescale for each accumulator (CAG has one per group), besides
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +65,19 @@ class Counts:
     assumed_sites: int
     assumed: AssumedCodes
     unmodelled: tuple[str, ...] = UNMODELLED
+
+    @functools.cached_property
+    def kernels(self) -> tuple[tuple[str, str, tuple[Layer, ...]], ...]:
+        """(name, part, layers) of each kernel in forward order.
+
+        The layers have lost their names, so that kernels of one kind are one object and are worked out once.
+        """
+        kinds: dict[tuple[Layer, ...], tuple[Layer, ...]] = {}
+        result = []
+        for (name, part), group in itertools.groupby(self.layers, lambda layer: (layer.kernel, layer.part)):
+            layers = tuple(dataclasses.replace(layer, path="", kernel="", part="") for layer in group)
+            result.append((name, part, kinds.setdefault(layers, layers)))
+        return tuple(result)
 
     @property
     def ops(self) -> Ops:

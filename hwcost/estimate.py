@@ -123,20 +123,19 @@ def estimate(
     shape = np.broadcast_shapes((size, 1), np.shape(units.lanes))
     buffer = v["usable_bram"] * accelerator.buffer_bits / 8
     bandwidth = v["dram_efficiency"] * accelerator.dram_gbps * 1e9
-    ways: dict[tuple, tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = {}
-    kernels: list[tuple[str, str, int, tuple]] = []
+    # Kernels of one kind are one object, worked out once.
+    ways: dict[int, tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = {}
     seconds = np.zeros(shape)
     energy = {name: np.zeros(shape) for name in ("compute", "buffers", "DRAM")}
-    for (name, part), group in itertools.groupby(counts.layers, lambda layer: (layer.kernel, layer.part)):
-        layers = tuple(dataclasses.replace(layer, path="", kernel="", part="") for layer in group)
-        if layers not in ways:
-            # Blocks of one kind are alike: each kind is worked out once.
-            ways[layers] = _kernel(layers, design, accelerator, units, v, buffer, bandwidth, shape, products_only)
-        times, _, joules = ways[layers]
+    for _, _, layers in counts.kernels:
+        if id(layers) not in ways:
+            ways[id(layers)] = _kernel(
+                layers, design, accelerator, units, v, buffer, bandwidth, shape, products_only
+            )  # fmt: skip
+        times, _, joules = ways[id(layers)]
         seconds += times.max(0)
         for kind in energy:
             energy[kind] += joules[kind]
-        kernels.append((name, part, sum(layer.ops.macs for layer in layers), layers))
     best = np.argmin(seconds, axis=1)
 
     def pick(array: Any) -> np.ndarray:
@@ -145,7 +144,7 @@ def estimate(
 
     total = pick(seconds)
     static = v["static_watts_per_klut"][:, 0] * accelerator.luts / 1e3 * total
-    picked = {layers: (pick(times), pick(moved)) for layers, (times, moved, _) in ways.items()}
+    picked = {key: (pick(times), pick(moved)) for key, (times, moved, _) in ways.items()}
     return Estimate(
         seconds=total,
         joules={**{kind: pick(array) for kind, array in energy.items()}, "static": static},
@@ -153,8 +152,14 @@ def estimate(
         float_elements=pick(units.beside.elements if units.beside else 0.0 * units.lanes),
         lanes=pick(units.lanes),
         kernels=tuple(
-            KernelEstimate(name=name, part=part, macs=macs, seconds=picked[layers][0], dram_bytes=picked[layers][1])
-            for name, part, macs, layers in kernels
+            KernelEstimate(
+                name=name,
+                part=part,
+                macs=sum(layer.ops.macs for layer in layers),
+                seconds=picked[id(layers)][0],
+                dram_bytes=picked[id(layers)][1],
+            )
+            for name, part, layers in counts.kernels
         ),
     )
 

@@ -6,14 +6,14 @@ what they leave open. Nothing is fitted, and reaching a figure is not reproducin
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from hwcost.accelerator import Accelerator
 from hwcost.compare import METHOD, Variant
-from hwcost.constants import nominal
+from hwcost.constants import CONSTANTS, Constants, Values, nominal
 from hwcost.estimate import Estimate, estimate
 
 
@@ -81,11 +81,15 @@ class Entry:
     """A claim and what became of it."""
 
     claim: Claim
-    combinations: int
+    tried: tuple[Assumptions, ...]
     reached: tuple[Assumptions, ...]  # every combination that reaches it, the nearest first
     nearest: Assumptions
     best_speedup: float
     best_energy_ratio: float
+
+    @property
+    def combinations(self) -> int:
+        return len(self.tried)
 
     @property
     def verdict(self) -> str:
@@ -106,21 +110,22 @@ class Entry:
         return {key: next(iter(found)) for key, found in sets.items() if len(found) == 1}
 
 
-def ledger(table: dict[str, Variant], accelerator: Accelerator) -> list[Entry]:
+def ledger(table: dict[str, Variant], accelerator: Accelerator, constants: Constants = CONSTANTS) -> list[Entry]:
     """Runs the grid on a board.
 
     Args:
         table: `compare.variants` of the model; the claims are about SAM-L at W4A4, others are only set beside them.
         accelerator: the board.
+        constants: what it is run with, at their values.
     """
-    found = list(_combinations(table, accelerator))
+    found = list(_combinations(table, accelerator, nominal(constants)))
     entries = []
     for claim in CLAIMS:
         reached = sorted((a for a in found if a.reaches(claim)), key=lambda a: a.distance(claim))
         entries.append(
             Entry(
                 claim=claim,
-                combinations=len(found),
+                tried=tuple(found),
                 reached=tuple(reached),
                 nearest=min(found, key=lambda a: a.distance(claim)),
                 best_speedup=max(a.speedup for a in found),
@@ -130,8 +135,8 @@ def ledger(table: dict[str, Variant], accelerator: Accelerator) -> list[Entry]:
     return entries
 
 
-def _combinations(table: dict[str, Variant], accelerator: Accelerator) -> Any:
-    values, cache = nominal(), {}
+def _combinations(table: dict[str, Variant], accelerator: Accelerator, values: Values) -> Iterator[Assumptions]:
+    cache: dict[tuple, Estimate] = {}
     elements = float(estimate(table["fp32"].counts, table["fp32"].design, accelerator, values).elements[0])
 
     def run(name: str, choice: Mapping[str, str]) -> Estimate:
