@@ -25,7 +25,8 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 6p
 p { margin: 6px 0; max-width: 78ch; } .lead { color: #5b6773; }
 table { border-collapse: collapse; font-size: 13px; margin: 10px 0; width: 100%; }
 td, th { padding: 4px 8px; border-bottom: 1px solid #e3e7ec; text-align: right; vertical-align: top; }
-td:first-child, th:first-child, td.text, th.text { text-align: left; } th { color: #5b6773; font-weight: 600; }
+td:first-child, th:first-child, td.text, th.text, td.long { text-align: left; }
+td.text { white-space: nowrap; } th { color: #5b6773; font-weight: 600; }
 tr.own td { background: #eef4fb; font-weight: 600; }
 svg { width: 100%; height: auto; display: block; font-family: inherit; }
 .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0; }
@@ -80,7 +81,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, own: int = -1,
     """A table; row `own` stands out, columns `text` hold words."""
 
     def cell(tag: str, i: int, value: str) -> str:
-        return f'<{tag} class="text">{escape(value)}</{tag}>' if i in text else f"<{tag}>{escape(value)}</{tag}>"
+        kind = ' class="long"' if len(value) > 40 else ' class="text"' if i in text else ""
+        return f"<{tag}{kind}>{escape(value)}</{tag}>"
 
     lines = ["<tr>" + "".join(cell("th", i, h) for i, h in enumerate(head)) + "</tr>"]
     for j, row in enumerate(rows):
