@@ -349,15 +349,24 @@ def test_blocks_of_a_kind_share_one_compilation(tiny, canvas):
     assert sam_module.apply_stage._cache_size() - before == 3
 
 
+def _covering_step(channels):
+    """The step of one range that covers those of all channels."""
+    scale, zero_point = np.asarray(channels.scale), np.asarray(channels.zero_point)
+    highest = 2**channels.bits - 1
+    return ((highest - zero_point) * scale).max() / highest + (zero_point * scale).max() / highest
+
+
+@pytest.mark.parametrize("metric", ["paper", "normalized", "range"])
 @pytest.mark.parametrize(("groups", "expected"), [(0, None), (1, 1), (2, 2), (4, 4), (8, 8), (100, None)])
-def test_groups(groups, expected):
+def test_groups(groups, expected, metric):
     """0 and too many leave every channel alone; otherwise that many groups, on ladders wider than the channels too."""
     rng = np.random.default_rng(0)
     sites = {}
     for name, channels in (("a", 16), ("b", 16), ("c", 40)):
         low, high = -rng.uniform(0, 3, channels), rng.uniform(0, 3, channels)
         sites[name] = Uniform.from_range(low, high, 4)
-    grouped = calibrate.group_channels(sites, QuantConfig(groups=groups))
+    config = QuantConfig(groups=groups, group_metric=metric)
+    grouped = calibrate.group_channels(sites, config)
     assert set(grouped) == set(sites)
     for name, quantizer in grouped.items():
         channels = len(sites[name].scale)
@@ -369,11 +378,14 @@ def test_groups(groups, expected):
             np.testing.assert_array_equal(quantizer.scale, sites[name].scale)
         else:
             assert len(np.unique(labels)) == expected
-            # The grouping is nearer to the channels' own steps than one step for all, unless it is one.
-            own, mean = np.asarray(sites[name].scale), np.asarray(sites[name].scale).mean()
-            spread = np.abs(np.asarray(quantizer.scale)[labels] - own).mean()
-            assert spread <= np.abs(mean - own).mean() * 1.001
-    alone = calibrate.group_channels({"b": sites["b"]}, QuantConfig(groups=groups))["b"]
+            # Nearer to the channels' own steps than what all would share: the mean, or the step that covers them.
+            own, shared = np.asarray(sites[name].scale), np.asarray(quantizer.scale)[labels]
+            # A zero point is whole: covering takes up to half a step of 15 more at either end.
+            whole = 1.07 * _covering_step(sites[name]) if metric == "range" else own.mean()
+            assert np.abs(shared - own).mean() <= np.abs(whole - own).mean() * 1.001
+            if metric == "range":
+                assert (shared >= own * 0.999).all(), "no channel is cut off"
+    alone = calibrate.group_channels({"b": sites["b"]}, config)["b"]
     np.testing.assert_array_equal(np.asarray(alone.groups), np.asarray(grouped["b"].groups))
 
 
