@@ -27,7 +27,7 @@ from sam_flax.sam import Params
 # of the key peaks from zero in deviations of a key channel.
 _GAIN = 1.0
 _OFFSET = 1.0
-_KEY = 3.0
+_KEY = 8.0
 _LARGEST_EXPONENT = 4
 
 

@@ -15,6 +15,7 @@ from ahcptq_jax.learning import ReconstructionConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
 from ahcptq_jax.quantizers import Grouped, Uniform
 from experiments import benchmark_learning
+from sam_flax.layers import Linear
 
 
 def test_gather_spills_to_disk(tmp_path):
@@ -74,6 +75,37 @@ def test_rates_keep_their_travel_in_few_iterations():
     np.testing.assert_allclose(ReconstructionConfig(iterations=200, relative_steps=False).rates(), (1e-2, 4e-3))
     assert ReconstructionConfig(iterations=1).rates()[1] == 0.05
     assert ReconstructionConfig(iterations=200, rounding_rate=0.5).rates()[0] == 0.5
+
+
+def learned_scale(unit: float, **changes) -> float:
+    """The scale after 20 iterations on a linear layer whose inputs are measured in `unit`."""
+    rng = np.random.default_rng(0)
+    x, kernel, target = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(2, 1, 8, 4), (4, 3), (2, 1, 8, 3)])
+    config = ReconstructionConfig(iterations=20, learn_rounding=False, activation_drop=0, scale_rate=1e-2, **changes)
+    params = {"kernel": kernel / unit, "bias": jnp.zeros(3)}
+    quantizers = {"input": Uniform.from_range(-2 * unit, 2 * unit, 4)}
+    problem, state = learning.start(params, {}, quantizers, config)
+    state, _ = learning.advance(
+        problem,
+        state,
+        ((x * unit,), (x * unit,), target),
+        jnp.arange(20)[:, None] % 2,
+        jnp.int32(0),
+        jnp.int32(20),
+        jax.random.key(0),
+        operation=blocks.Operation(Linear(4, 3, parent=None)),
+        loss_axis=1,
+        config=config,
+    )
+    return float(state.quantizers["input"].scale)
+
+
+def test_relative_steps_do_not_depend_on_the_unit_of_measure():
+    first, second = learned_scale(1.0), learned_scale(64.0)
+    assert abs(first / (4 / 15) - 1) > 0.02, "it was learned"
+    np.testing.assert_allclose(second / 64, first, rtol=1e-3)
+    absolute = [learned_scale(unit, relative_steps=False) / unit for unit in (1.0, 64.0)]
+    assert abs(absolute[0] - absolute[1]) > 0.005
 
 
 def test_chunks_from_disk_fit_the_memory(tmp_path):

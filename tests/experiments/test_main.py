@@ -25,9 +25,9 @@ COCO100 = Path(os.environ.get("COCO100", ROOT.parent / "shared" / "coco100"))
 METRICS = {"AP", "AP50", "AP75", "APs", "APm", "APl", "mIoU"}
 
 
-def command(*flags: str) -> subprocess.CompletedProcess[str]:
+def command(*flags: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, "-m", "experiments.main", *flags]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_saved_artefact_scores_the_same_without_calibration(
 @pytest.mark.slow
 def test_a_killed_job_ends_the_same(tmp_path: Path) -> None:
     flags = ("--flagfile=w4a4.flags", "--num_scenes=2", "--num_calib=2", "--iterations=5", "--noblank")
-    assert command(*flags, f"--out={tmp_path / 'whole'}").returncode == 0
+    assert command(*flags, f"--out={tmp_path / 'whole'}", timeout=3600).returncode == 0
     out, chance, kills = tmp_path / "killed", random.Random(0), 0
     while not (out / "results.json").exists():
         arguments = [sys.executable, "-m", "experiments.main", *flags, f"--out={out}"]
