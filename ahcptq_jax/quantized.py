@@ -12,8 +12,10 @@ import numpy as np
 
 from ahcptq_jax import packing
 from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.layers import Note, intercept_quantized
+from ahcptq_jax.products import Carrier
 from ahcptq_jax.quantizers import Quantizer, Uniform
-from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
+from ahcptq_jax.sites import below, flatten, unflatten
 from sam_flax.config import SamConfig
 from sam_flax.image_encoder import Block, Neck, PatchEmbed
 from sam_flax.sam import Params, Points, Sam, apply_embed, call, check_canvas, encoder_stages
@@ -63,40 +65,51 @@ def with_decoded(params: Params, weights: Mapping[str, QuantizedWeight]) -> Para
     return unflatten(flat)
 
 
-def _quantize_sites(activations: Mapping[str, Quantizer]):
-    def handle(path: str, value):
-        return activations[path].fake_quant(value) if path in activations else value
+def _with_placeholders(params: Params, weights: Mapping[str, QuantizedWeight]) -> Params:
+    """Parameters with kernels that the modules declare and nothing reads."""
+    flat = flatten(params)
+    return unflatten(flat | {f"{path}/kernel": jnp.zeros(weight.shape) for path, weight in weights.items()})
 
-    return intercept_sites(handle)
+
+Codes = dict[str, jax.Array]  # site path -> uint8 codes
 
 
-@partial(jax.jit, static_argnums=0)
+def _recorder(codes: Codes) -> Note:
+    def note(path: str, value: jax.Array) -> None:
+        codes[path] = value.astype(jnp.uint8)
+
+    return note
+
+
+@partial(jax.jit, static_argnames=("module", "carrier", "record"))
 def _apply_stage(
     module: Block | Neck,
     params: Params,
     weights: dict[str, QuantizedWeight],
     activations: dict[str, Quantizer],
     x: jax.Array,
-) -> jax.Array:
-    with _quantize_sites(activations):
-        return call(module, with_decoded(params, weights), x)
+    carrier: Carrier,
+    record: bool,
+) -> tuple[jax.Array, Codes]:
+    codes: Codes = {}
+    with intercept_quantized(weights, activations, carrier, _recorder(codes) if record else None):
+        return call(module, _with_placeholders(params, weights), x), codes
 
 
-@partial(jax.jit, static_argnames=("sam", "multimask_output"))
+@partial(jax.jit, static_argnames=("sam", "multimask_output", "carrier", "record"))
 def _apply_decode(
     sam: Sam,
     params: Params,
     weights: dict[str, QuantizedWeight],
     activations: dict[str, Quantizer],
-    image_embeddings: jax.Array,
-    points: Points | None,
-    boxes: jax.Array | None,
-    masks: jax.Array | None,
+    prompts: tuple[jax.Array, Points | None, jax.Array | None, jax.Array | None],
     multimask_output: bool,
-) -> tuple[jax.Array, jax.Array]:
-    decoded = with_decoded(params, weights)
-    with _quantize_sites(activations):
-        return call(sam, decoded, image_embeddings, points, boxes, masks, multimask_output, method="decode")
+    carrier: Carrier,
+    record: bool,
+) -> tuple[tuple[jax.Array, jax.Array], Codes]:
+    codes: Codes = {}
+    with intercept_quantized(weights, activations, carrier, _recorder(codes) if record else None):
+        return call(sam, _with_placeholders(params, weights), *prompts, multimask_output, method="decode"), codes
 
 
 @partial(
@@ -130,18 +143,31 @@ class Quantized:
     def encode_image(self, images: jax.Array) -> jax.Array:
         """Images (B, S, S, 3), normalised and padded -> embeddings (B, g, g, C).
 
-        Weights are decoded block by block, so only one block is ever held in floating point.
+        Weights are unpacked block by block, so only one block is ever held whole.
+        """
+        return self.encode_with_codes(images, record=False)[0]
+
+    def encode_with_codes(
+        self, images: jax.Array, carrier: Carrier = "float32", record: bool = True
+    ) -> tuple[jax.Array, Codes]:
+        """`encode_image`, and the codes at every quantized site.
+
+        Args:
+            images: as for `encode_image`.
+            carrier: what carries the sums over codes, see `ahcptq_jax.products`.
+            record: False returns no codes.
         """
         check_canvas(images, self.config)
         encoder = self.params["image_encoder"]
         embed = PatchEmbed(self.config.patch_size, self.config.embed_dim, parent=None)
         x = apply_embed(embed, {k: encoder[k] for k in ("patch_embed", "pos_embed")}, images)
+        found: Codes = {}
         for key, module in encoder_stages(self.config):
             prefix = f"image_encoder/{key}/"
-            x = _apply_stage(
-                module, encoder.get(key, {}), below(prefix, self.weights), below(prefix, self.activations), x
-            )
-        return x
+            weights, activations = below(prefix, self.weights), below(prefix, self.activations)
+            x, codes = _apply_stage(module, encoder.get(key, {}), weights, activations, x, carrier, record)
+            found |= {prefix + site: value for site, value in codes.items()}
+        return x, found
 
     def decode(
         self,
@@ -152,12 +178,24 @@ class Quantized:
         multimask_output: bool = True,
     ) -> tuple[jax.Array, jax.Array]:
         """See `sam_flax.Sam.decode`."""
+        return self.decode_with_codes(image_embeddings, points, boxes, masks, multimask_output, record=False)[0]
+
+    def decode_with_codes(
+        self,
+        image_embeddings: jax.Array,
+        points: Points | None = None,
+        boxes: jax.Array | None = None,
+        masks: jax.Array | None = None,
+        multimask_output: bool = True,
+        carrier: Carrier = "float32",
+        record: bool = True,
+    ) -> tuple[tuple[jax.Array, jax.Array], Codes]:
+        """`decode`, and the codes at every quantized site; arguments as in `encode_with_codes`."""
         params = {k: self.params[k] for k in ("prompt_encoder", "mask_decoder")}
         weights = {k: v for k, v in self.weights.items() if k.startswith("mask_decoder/")}
         activations = {k: v for k, v in self.activations.items() if k.startswith("mask_decoder/")}
-        return _apply_decode(
-            self.sam, params, weights, activations, image_embeddings, points, boxes, masks, multimask_output
-        )
+        prompts = (image_embeddings, points, boxes, masks)
+        return _apply_decode(self.sam, params, weights, activations, prompts, multimask_output, carrier, record)
 
     def float_params(self) -> Params:
         """All parameters in floating point, quantized weights decoded."""

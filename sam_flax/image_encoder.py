@@ -1,6 +1,7 @@
 """The ViT image encoder with windowed and global attention (modeling/image_encoder.py)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -85,12 +86,32 @@ def attention(
     Returns:
         (G, N, d).
     """
-    groups, n, d = q.shape
 
     def attend(part: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v, bh, bw = part
         return softmax_site(attention_probabilities(q, k, bh, bw)) @ v
 
+    return attend_in_parts(attend, q, k, v, bias_h, bias_w)
+
+
+def attend_in_parts(
+    attend: Callable[[tuple[jax.Array, ...]], Any],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias_h: jax.Array,
+    bias_w: jax.Array,
+) -> Any:
+    """`attend` on all of its operands, shaped as in `attention`, in parts where the map would be large.
+
+    Args:
+        attend: operands of some of the G, and of some of their queries, (..., M, d) and so on, to arrays (..., M, any).
+        q, k, v, bias_h, bias_w: as in `attention`.
+
+    Returns:
+        What `attend` returns on (G, N, d).
+    """
+    groups, n, _ = q.shape
     one_map = n * n * q.dtype.itemsize
     whole, part = _attention_bytes()
     if groups * one_map <= whole:
@@ -101,14 +122,15 @@ def attention(
     together = max(g for g in range(1, groups + 1) if groups % g == 0 and (g == 1 or g * one_map <= part))
     if together > 1 or one_map <= part:
         parts = [a.reshape(groups // together, together, *a.shape[1:]) for a in (q, k, v, bias_h, bias_w)]
-        return jax.lax.map(attend_part, parts).reshape(groups, n, d)
+        return jax.tree.map(lambda a: a.reshape(groups, n, -1), jax.lax.map(attend_part, parts))
 
     chunk = QUERY_CHUNK if n % QUERY_CHUNK == 0 else n
 
-    def one_head(head: tuple[jax.Array, ...]) -> jax.Array:
+    def one_head(head: tuple[jax.Array, ...]) -> Any:
         q, k, v, bh, bw = head
         chunks = [a.reshape(n // chunk, chunk, a.shape[-1]) for a in (q, bh, bw)]
-        return jax.lax.map(lambda c: attend_part((c[0], k, v, c[1], c[2])), chunks).reshape(n, d)
+        out = jax.lax.map(lambda c: attend_part((c[0], k, v, c[1], c[2])), chunks)
+        return jax.tree.map(lambda a: a.reshape(n, -1), out)
 
     return jax.lax.map(one_head, (q, k, v, bias_h, bias_w))
 

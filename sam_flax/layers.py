@@ -86,11 +86,15 @@ def conv_same(x: jax.Array, kernel: jax.Array) -> jax.Array:
     k = kernel.shape[0]
     if k == 1:
         return x @ kernel[0, 0]
+    return shifted_copies(x, k) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def shifted_copies(x: jax.Array, k: int) -> jax.Array:
+    """(B, H, W, C) -> (B, H, W, k*k*C): the k x k neighbours of every pixel, zero outside, in the order of a kernel."""
     pad = k // 2
     _, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    patches = jnp.concatenate([padded[:, i : i + height, j : j + width] for i in range(k) for j in range(k)], axis=-1)
-    return patches @ kernel.reshape(-1, kernel.shape[-1])
+    return jnp.concatenate([padded[:, i : i + height, j : j + width] for i in range(k) for j in range(k)], axis=-1)
 
 
 class PatchConv(nn.Module):

@@ -22,14 +22,14 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.softmax = Site(), Site(), Site(), Site()
         self.operands = Site()
 
-    def _separate_heads(self, x: jax.Array) -> jax.Array:  # (N, T, C) -> (N, heads, T, C/heads)
+    def separate_heads(self, x: jax.Array) -> jax.Array:  # (N, T, C) -> (N, heads, T, C/heads)
         return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         # q (N, Tq, C), k and v (N, Tk, C) -> (N, Tq, C)
-        q = self.q(self._separate_heads(self.q_proj(q)))
-        k = self.k(self._separate_heads(self.k_proj(k)))
-        v = self.v(self._separate_heads(self.v_proj(v)))
+        q = self.q(self.separate_heads(self.q_proj(q)))
+        k = self.k(self.separate_heads(self.k_proj(k)))
+        v = self.v(self.separate_heads(self.v_proj(v)))
         q, k, v = self.operands((q * q.shape[-1] ** -0.5, k, v))
         out = self.softmax(nn.softmax(q @ k.transpose(0, 1, 3, 2))) @ v
         out = out.transpose(0, 2, 1, 3).reshape(out.shape[0], out.shape[2], -1)

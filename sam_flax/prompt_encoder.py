@@ -101,7 +101,8 @@ class PromptEncoder(nn.Module):
             sparse (N, T, C) with T = points (+1 padding point where there is no box) + 2 per box, and dense
             (N, g, g, C).
         """
-        sizes = {len(a) for a in (points[0] if points else None, boxes, masks) if a is not None}
+        # Not len(): the number may be a symbol when the graph is exported.
+        sizes = {a.shape[0] for a in (points[0] if points else None, boxes, masks) if a is not None}
         if len(sizes) != 1:
             raise ValueError(
                 f"Prompts must agree on their number and at least one must be given, but they have sizes "

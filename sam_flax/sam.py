@@ -62,9 +62,9 @@ class Sam(nn.Module):
         multimask_output: bool = True,
     ) -> tuple[jax.Array, jax.Array]:
         """Embeddings -> logits (N, M, 4g, 4g), predicted IoU (N, M); `multimask_output`: M = 3, else 1."""
-        if len(image_embeddings) not in (1, len(sparse)):
+        if image_embeddings.shape[0] not in (1, sparse.shape[0]):
             raise ValueError(
-                f"There are {len(image_embeddings)} image embeddings for {len(sparse)} prompts; give one for "
+                f"There are {image_embeddings.shape[0]} image embeddings for {sparse.shape[0]} prompts; give one for "
                 "all prompts or one for each."
             )
         pe = self.prompt_encoder.get_dense_pe()

@@ -60,10 +60,9 @@ def check_codes_range(name: str, values: Any, highest: int) -> None:
 
 def check_broadcast(name: str, shape: tuple[int, ...], x_shape: tuple[int, ...]) -> None:
     """Raises ValueError unless ``shape`` broadcasts into ``x_shape`` without enlarging it."""
-    try:
-        fits = np.broadcast_shapes(shape, x_shape) == tuple(x_shape)
-    except ValueError:
-        fits = False
+    # Not np.broadcast_shapes: a size of x may be a symbol when the graph is exported.
+    trailing = tuple(x_shape)[len(x_shape) - len(shape) :]
+    fits = len(shape) <= len(x_shape) and all(n == 1 or n == m for n, m in zip(shape, trailing, strict=True))
     # A (1,) parameter, the layout of the official scalars, fits anything.
     if not fits and int(np.prod(shape)) != 1:
         raise ValueError(
@@ -129,6 +128,11 @@ def round_to_octave_fraction(ratio: jax.Array, tau: jax.Array) -> jax.Array:
 def negative_power_of_two(k: jax.Array) -> jax.Array:
     """``2^-k`` as an exact float32 for int32 ``k >= 0``; below the smallest normal float it is zero."""
     return jax.lax.bitcast_convert_type(jnp.maximum(127 - k, 0) << 23, jnp.float32)
+
+
+def positive_power_of_two(k: jax.Array) -> jax.Array:
+    """``2^k`` as an exact float32 for int32 ``k`` from 0 to 127."""
+    return jax.lax.bitcast_convert_type((k + 127) << 23, jnp.float32)
 
 
 def negative_power_of_root(k: jax.Array, tau: jax.Array) -> jax.Array:

@@ -1,0 +1,157 @@
+"""Compares integer inference with the fake-quantized path: codes at every site, outputs, masks.
+
+    python -m experiments.integer_check --images=coco100/val2017 --annotations=instances_val2017.json --limit=10
+    python -m experiments.integer_check --artefact=runs/w4a4/quantized.safetensors
+    python -m experiments.integer_check --random=vit_b --limit=1    # random weights; the arithmetic is the same
+
+Without --artefact, MINI (or a SAM with random weights) is quantized first. Ends with code 1 if a difference is found
+that the integer path should not have: a code, or a mask pixel whose logit is not within 1e-3 of the threshold.
+"""
+
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+import ahcptq_jax
+from ahcptq_jax import Quantized
+from ahcptq_jax.integer import IntegerModel
+from ahcptq_jax.quantize import quantize_model
+from experiments import coco
+from experiments.main import calibration_set, evaluation_set, use_compilation_cache
+from experiments.options import Options
+from sam_flax import CONFIGS, Sam, load_sam, preprocessing
+
+NEAR = 1e-3  # of the mask threshold, in logits
+BOXES = 8  # a picture's boxes are repeated or cut to this number, so that one compilation serves all
+
+
+@dataclasses.dataclass
+class Counts:
+    """What was compared, summed over images."""
+
+    images: int = 0
+    sites: int = 0  # whose codes were compared
+    codes: int = 0
+    codes_differing: int = 0
+    sites_differing: int = 0
+    pixels: int = 0
+    pixels_differing: int = 0
+    pixels_differing_far: int = 0  # among them, farther than NEAR from the threshold
+    outputs_differing: int = 0  # embeddings and logits that are not the same bits
+    largest_error: float = 0.0  # of embeddings and logits, relative to the largest value
+
+
+def compare(quantized: Quantized, canvas: jax.Array, boxes: jax.Array, counts: Counts) -> None:
+    """Runs one canvas (1, S, S, 3) with boxes (N, 4) through both paths, and adds to `counts`."""
+    whole = IntegerModel(quantized)
+    first, codes = quantized.encode_with_codes(canvas)
+    second, integer_codes = whole.encode_with_codes(canvas)
+    sites = [(codes.pop(site), integer_codes.pop(site)) for site in list(codes)]
+    (low, _), codes = quantized.decode_with_codes(first, None, boxes, None, False)
+    (integer_low, _), integer_codes = whole.decode_with_codes(second, None, boxes, None, False)
+    sites += [(codes[site], integer_codes[site]) for site in codes]
+    counts.images += 1
+    counts.sites = len(sites)
+    for one, other in sites:
+        different = int(np.sum(np.asarray(one) != np.asarray(other)))
+        counts.codes += one.size
+        counts.codes_differing += different
+        counts.sites_differing += different > 0
+    # The programs that return no codes are compiled apart: they are what a user runs.
+    plain = [model.encode_image(canvas) for model in (quantized, whole)]
+    plain_low = [model.decode(first, None, boxes, None, False)[0] for model in (quantized, whole)]
+    for one, other in ((first, second), (low, integer_low), plain, plain_low):
+        difference = np.abs(np.asarray(one) - np.asarray(other))
+        counts.outputs_differing += int(np.sum(difference > 0))
+        counts.largest_error = max(counts.largest_error, float(difference.max() / np.abs(np.asarray(one)).max()))
+    threshold = quantized.config.mask_threshold
+    masks = [np.asarray(logits) > threshold for logits in (low, integer_low)]
+    far = np.abs(np.asarray(low) - threshold) > NEAR
+    counts.pixels += masks[0].size
+    counts.pixels_differing += int(np.sum(masks[0] != masks[1]))
+    counts.pixels_differing_far += int(np.sum((masks[0] != masks[1]) & far))
+
+
+def model_to_check(options: Options, random: str) -> Quantized:
+    """The artefact, or MINI quantized, or a SAM with random weights and plain ranges of its weights."""
+    if options.artefact:
+        return ahcptq_jax.load(options.artefact)
+    config = options.quant_config()
+    if random:
+        sam = Sam(CONFIGS[random])
+        params = jax.tree.map(np.asarray, sam.init_params(jax.random.key(options.seed)))
+        # The search of weight ranges takes long and changes nothing that is compared here.
+        config = dataclasses.replace(config, weight_search=False)
+    else:
+        sam, params = load_sam(options.checkpoint)
+    return quantize_model(sam, params, calibration_set(options, sam.config), config, progress=True)
+
+
+def check(quantized: Quantized, options: Options) -> Counts:
+    """Compares both paths on the evaluation images, prompted with their annotated boxes."""
+    dataset = evaluation_set(options, quantized.config)
+    boxes, counts = coco.annotated_boxes(dataset).per_image, Counts()
+    items = [item for item in dataset.items if len(boxes[item.image_id])]
+    for item, image in tqdm(coco.stream_images(dataset, items), total=len(items), desc="compare"):
+        canvas, _ = preprocessing.prepare_image(image, quantized.config)
+        own = preprocessing.apply_boxes(boxes[item.image_id].boxes, image.shape[:2], quantized.config.img_size)
+        prompts = jnp.asarray(np.resize(own, (BOXES, 4)), jnp.float32)
+        compare(quantized, jnp.asarray(canvas[None]), prompts, counts)
+    return counts
+
+
+def report(quantized: Quantized, counts: Counts) -> str:
+    """The figures as lines."""
+    config = quantized.quant_config
+    return "\n".join(
+        [
+            f"W{config.w_bits}A{config.a_bits}, {counts.images} images, {BOXES} boxes each",
+            f"sites: {counts.sites} of {len(quantized.activations)}",
+            f"codes: {counts.codes:,} compared, {counts.codes_differing:,} differ, at {counts.sites_differing} sites",
+            f"embeddings and logits: {counts.outputs_differing:,} values differ; largest difference "
+            f"{counts.largest_error:.1e} of the largest value",
+            f"mask pixels: {counts.pixels:,} compared, {counts.pixels_differing:,} differ, "
+            f"{counts.pixels_differing_far:,} of them farther than {NEAR:g} from the threshold",
+        ]
+    )
+
+
+def main(argv: list[str]) -> int:
+    del argv
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in FLAGS}
+    try:
+        options = Options(**values)
+        start = time.perf_counter()
+        quantized = model_to_check(options, flags.FLAGS.random)
+        counts = check(quantized, options)
+    except (ValueError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(report(quantized, counts))
+    print(f"{time.perf_counter() - start:.0f} seconds")
+    return 1 if counts.codes_differing or counts.pixels_differing_far else 0
+
+
+FLAGS = ("checkpoint", "artefact", "images", "annotations", "num_calib", "w_bits", "a_bits", "limit", "seed")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", "mini", "SAM weights to quantize.")
+    flags.DEFINE_string("artefact", "", "A quantized.safetensors to compare on, in place of quantizing.")
+    flags.DEFINE_enum("random", "", ["", *CONFIGS], "Quantize this SAM with random weights.")
+    flags.DEFINE_string("images", "", "COCO image folder; default: generated scenes.")
+    flags.DEFINE_string("annotations", "", "Its COCO instances JSON.")
+    flags.DEFINE_integer("num_calib", 8, "Calibration scenes.")
+    flags.DEFINE_integer("w_bits", 4, "Bits of weights.")
+    flags.DEFINE_integer("a_bits", 4, "Bits of activations.")
+    flags.DEFINE_integer("limit", 10, "Images.")
+    flags.DEFINE_integer("seed", 0, "Seed of random weights and calibration images.")
+    use_compilation_cache()
+    app.run(main)
