@@ -102,7 +102,10 @@ def _head(study: Study) -> str:
     cards = [
         (f"{speed.value:.2f}x", f"speed over FP32 [{speed.low:.2f}, {speed.high:.2f}]"),
         (f"{energy.value:.2f}x", f"energy over FP32 [{energy.low:.2f}, {energy.high:.2f}]"),
-        (f"{c.estimates[METHOD].seconds[0] * 1e3:.1f} ms", f"an image with {counts.prompts} prompt(s)"),
+        (
+            f"{tables.milliseconds(float(c.estimates[METHOD].seconds[0]))} ms",
+            f"an image with {counts.prompts} prompt(s)",
+        ),
         (f"{tables.number(total['macs'])}MAC", f"{tables.number(total['shifts'])} of them shifts"),
         (f"{tables.number(total['weight_bytes'])}B", "weights"),
     ]

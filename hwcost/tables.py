@@ -22,6 +22,11 @@ def times(interval: Interval) -> str:
     return f"{interval.value:.2f}x [{interval.low:.2f}, {interval.high:.2f}]"
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits where there are not more before the point."""
+    return f"{seconds * 1e3:.{1 if seconds >= 0.01 else 3}f}"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left."""
     lines = [list(head), *map(list, rows)]
@@ -41,7 +46,7 @@ def variant_rows(study: Study) -> list[list[str]]:
         [
             variant.label,
             f"{c.estimates[name].elements[0]:.0f}",
-            f"{c.estimates[name].seconds[0] * 1e3:.1f}",
+            milliseconds(float(c.estimates[name].seconds[0])),
             f"{c.estimates[name].total_joules[0]:.3g}",
             times(c.speedup("fp32", name)),
             times(c.energy_ratio("fp32", name)),
@@ -115,7 +120,8 @@ def text(study: Study) -> str:
     """All tables."""
     total = study.counts.totals()
     counts = study.counts
-    sites = f"{counts.measured_sites} sites measured, {counts.assumed_sites} assumed ({counts.assumed.source})"
+    sites = f"{counts.measured_sites} sites measured, {counts.assumed_sites} assumed"
+    sites += f" ({counts.assumed.source})" if counts.assumed_sites else ""
     ways = ("int_macs", "float_macs", "shifts", "skipped")
     parts = [
         study.title,
