@@ -145,8 +145,8 @@ def table(document: Mapping[str, Any]) -> str:
         return "" if value is None else format(value, form)
 
     lines = [
-        "| row | work | seconds | CPU s | compile s | peak GiB | share of product rate | torch s | torch / ours |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| row | work | seconds | CPU s | compile s | peak GiB | share of product rate | torch s | torch CPU s | torch / ours |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
         seconds = [cell(row.get(key), ".3g") for key in ("seconds", "cpu_seconds")]
@@ -161,6 +161,7 @@ def table(document: Mapping[str, Any]) -> str:
             cell(row["peak_bytes"] / 2**30, ".2f"),
             share,
             cell(row["torch_seconds"], ".3g"),
+            cell(row["torch_cpu_seconds"], ".3g"),
             cell(row["ratio"], ".2f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
