@@ -145,7 +145,8 @@ def table(document: Mapping[str, Any]) -> str:
         return "" if value is None else format(value, form)
 
     lines = [
-        "| row | work | seconds | CPU s | compile s | peak GiB | share of product rate | torch s | torch CPU s | torch / ours |",
+        "| row | work | seconds | CPU s | compile s | peak GiB | share of product rate | torch s | torch CPU s "
+        "| torch / ours |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in document["rows"]:
