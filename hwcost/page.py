@@ -151,8 +151,8 @@ def _kernel_table(study: Study) -> str:
     longest = sorted(alike.items(), key=lambda item: -sum(row["seconds"] for row in item[1]))[:TOP_KERNELS]
     cells = [
         [
-            name, bound, str(len(rows)), f"{sum(row['seconds'] for row in rows) * 1e3:.2f}",
-            *(f"{value * 1e3:.2f}" for value in rows[0]["seconds_by_resource"].values()),
+            name, bound, str(len(rows)), tables.milliseconds(sum(row["seconds"] for row in rows)),
+            *(tables.milliseconds(value) for value in rows[0]["seconds_by_resource"].values()),
             f"{rows[0]['speedup_over_fp32']:.2f}x",
         ]
         for (name, bound, _), rows in longest
