@@ -44,6 +44,8 @@ from sam_flax.sam import Params, Sam
 
 # A generated scene is never larger than this: its shapes hold no finer detail.
 MAX_SCENE_SIZE = 320
+# Scenes for calibration start at seed * num_calib; those held back for `--scenes=train` are far behind.
+HELD_BACK_START = 1_000_000
 # Evaluation images on which code histograms are counted, for `python -m hwcost --results=`.
 HISTOGRAM_IMAGES = 8
 
@@ -54,7 +56,8 @@ def evaluation_set(options: Options, config: SamConfig) -> coco.CocoDataset:
     if options.images:
         return coco.load_coco(options.images, options.annotations, limit)
     count = min(options.num_scenes, limit or options.num_scenes)
-    return coco.CocoDataset.from_memory(*to_coco(scene_dataset(EVAL_SEED, count, _scene_size(config))))
+    stream, start = (EVAL_SEED, 0) if options.scenes == "val" else (CALIB_SEED, HELD_BACK_START)
+    return coco.CocoDataset.from_memory(*to_coco(scene_dataset(stream, count, _scene_size(config), start=start)))
 
 
 def calibration_set(options: Options, config: SamConfig) -> list[tuple[np.ndarray, np.ndarray]]:

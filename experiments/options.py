@@ -12,6 +12,8 @@ from ahcptq_jax.methods import RECONSTRUCTION_METHODS
 
 # Fields of `Options` that are switches of `QuantConfig`, where they are given.
 _SWITCHES = ("hluq", "cag", "big", "agq", "groups", "group_metric", "hluq_fine", "hluq_reach_maximum", "softmax_rows")
+# Generated scenes to evaluate on.
+SPLITS = ("val", "train")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Options:
     harder: float = 0.0
     num_calib: int = 32
     num_scenes: int = 100
+    scenes: str = "val"
     limit: int = 0
     blank: bool = True
     seed: int = 0
@@ -52,6 +55,8 @@ class Options:
         for images, annotations in (("images", "annotations"), ("calib_images", "calib_annotations")):
             if bool(getattr(self, images)) != bool(getattr(self, annotations)):
                 raise ValueError(f"--{images} and --{annotations} belong together; give both or neither.")
+        if self.scenes not in SPLITS:
+            raise ValueError(f"--scenes={self.scenes} is unknown; choose one of {', '.join(SPLITS)}.")
         if self.method not in ("fp", *METHODS):
             raise ValueError(f"--method={self.method} is unknown; choose one of fp, {', '.join(METHODS)}.")
         for name, least in (("num_calib", 1), ("num_scenes", 1), ("limit", 0), ("seed", 0), ("iterations", 0)):
@@ -132,6 +137,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("num_calib", d.num_calib, "Calibration images.")
     flags.DEFINE_integer("num_scenes", d.num_scenes, "Generated scenes to evaluate on, without --images.")
+    flags.DEFINE_enum(
+        "scenes",
+        d.scenes,
+        list(SPLITS),
+        "Which of them: 'val', for results; 'train', held back from those for calibration, to choose settings by.",
+    )
     flags.DEFINE_integer("limit", d.limit, "Evaluate the first images only; 0 takes all.")
     flags.DEFINE_bool("blank", d.blank, "Also score blank images: what the boxes alone give away.")
     flags.DEFINE_integer("seed", d.seed, "Seed of the choice of calibration images and of subsampling.")

@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from experiments import coco
 from experiments import main as main_job
 from experiments.options import Options
 from hwcost.codes import histograms
+from sam_flax import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -209,6 +211,17 @@ def test_bad_input_gets_one_sentence(given: dict[str, Any], part: str, folder: P
     assert part in sentence and "\n" not in sentence.strip() and len(sentence) > 30
     assert not (folder / "executed").exists(), "nothing in a file runs"
     assert not list((tmp_path / "out").glob("*.*")) if (tmp_path / "out").exists() else True
+
+
+def test_scenes_to_choose_by_are_neither_those_of_results_nor_of_calibration() -> None:
+    config = CONFIGS["mini"]
+
+    def images(scenes: str) -> list[bytes]:
+        dataset = main_job.evaluation_set(Options(scenes=scenes, num_scenes=4), config)
+        return [image.tobytes() for _, image in coco.stream_images(dataset, dataset.items)]
+
+    calibration = [image.tobytes() for image, _ in main_job.calibration_set(Options(num_calib=4), config)]
+    assert len({*images("val"), *images("train"), *calibration}) == 12
 
 
 def test_command_line_says_it_without_a_traceback(folder: Path, tmp_path: Path) -> None:

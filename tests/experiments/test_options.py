@@ -17,6 +17,7 @@ from experiments.options import Options
         ({"images": "a"}, "--images and --annotations belong together"),
         ({"annotations": "a"}, "--images and --annotations belong together"),
         ({"calib_images": "a"}, "--calib_images and --calib_annotations belong together"),
+        ({"scenes": "test"}, "--scenes=test is unknown; choose one of val, train"),
         ({"method": "magic"}, "--method=magic is unknown; choose one of fp, minmax"),
         ({"num_calib": 0}, "--num_calib=0 must be at least 1"),
         ({"num_scenes": -3}, "--num_scenes=-3 must be at least 1"),
