@@ -2,7 +2,7 @@
 
     python -m experiments.integer_check --images=coco100/val2017 --annotations=instances_val2017.json --limit=10
     python -m experiments.integer_check --artefact=runs/w4a4/quantized.safetensors
-    python -m experiments.integer_check --random=vit_b --limit=1    # random weights; the arithmetic is the same
+    python -m experiments.integer_check --random=vit_b --limit=1    # random weights, made-up ranges; slow
 
 Without --artefact, MINI (or a SAM with random weights) is quantized first. Ends with code 1 if a difference is found
 that the integer path should not have: a code, or a mask pixel whose logit is not within 1e-3 of the threshold.
@@ -24,6 +24,7 @@ from ahcptq_jax import Quantized
 from ahcptq_jax.integer import IntegerModel
 from ahcptq_jax.quantize import quantize_model
 from experiments import coco
+from experiments.footprint import random_quantized
 from experiments.main import calibration_set, evaluation_set, use_compilation_cache
 from experiments.options import Options
 from sam_flax import CONFIGS, Sam, load_sam, preprocessing
@@ -48,8 +49,11 @@ class Counts:
     largest_error: float = 0.0  # of embeddings and logits, relative to the largest value
 
 
-def compare(quantized: Quantized, canvas: jax.Array, boxes: jax.Array, counts: Counts) -> None:
-    """Runs one canvas (1, S, S, 3) with boxes (N, 4) through both paths, and adds to `counts`."""
+def compare(quantized: Quantized, canvas: jax.Array, boxes: jax.Array, counts: Counts, plain: bool) -> None:
+    """Runs one canvas (1, S, S, 3) with boxes (N, 4) through both paths, and adds to `counts`.
+
+    `plain` runs the programs that return no codes, too: they are compiled apart, and what a user runs.
+    """
     whole = IntegerModel(quantized)
     first, codes = quantized.encode_with_codes(canvas)
     second, integer_codes = whole.encode_with_codes(canvas)
@@ -64,10 +68,12 @@ def compare(quantized: Quantized, canvas: jax.Array, boxes: jax.Array, counts: C
         counts.codes += one.size
         counts.codes_differing += different
         counts.sites_differing += different > 0
-    # The programs that return no codes are compiled apart: they are what a user runs.
-    plain = [model.encode_image(canvas) for model in (quantized, whole)]
-    plain_low = [model.decode(first, None, boxes, None, False)[0] for model in (quantized, whole)]
-    for one, other in ((first, second), (low, integer_low), plain, plain_low):
+    outputs = [(first, second), (low, integer_low)]
+    if plain:
+        outputs.append((quantized.encode_image(canvas), whole.encode_image(canvas)))
+        prompts = (first, None, boxes, None, False)
+        outputs.append((quantized.decode(*prompts)[0], whole.decode(*prompts)[0]))
+    for one, other in outputs:
         difference = np.abs(np.asarray(one) - np.asarray(other))
         counts.outputs_differing += int(np.sum(difference > 0))
         counts.largest_error = max(counts.largest_error, float(difference.max() / np.abs(np.asarray(one)).max()))
@@ -80,21 +86,17 @@ def compare(quantized: Quantized, canvas: jax.Array, boxes: jax.Array, counts: C
 
 
 def model_to_check(options: Options, random: str) -> Quantized:
-    """The artefact, or MINI quantized, or a SAM with random weights and plain ranges of its weights."""
+    """The artefact, or MINI quantized, or a SAM with random weights and made-up ranges."""
     if options.artefact:
         return ahcptq_jax.load(options.artefact)
-    config = options.quant_config()
     if random:
         sam = Sam(CONFIGS[random])
-        params = jax.tree.map(np.asarray, sam.init_params(jax.random.key(options.seed)))
-        # The search of weight ranges takes long and changes nothing that is compared here.
-        config = dataclasses.replace(config, weight_search=False)
-    else:
-        sam, params = load_sam(options.checkpoint)
-    return quantize_model(sam, params, calibration_set(options, sam.config), config, progress=True)
+        return random_quantized(sam.config, sam.init_params(jax.random.key(options.seed)))
+    sam, params = load_sam(options.checkpoint)
+    return quantize_model(sam, params, calibration_set(options, sam.config), options.quant_config(), progress=True)
 
 
-def check(quantized: Quantized, options: Options) -> Counts:
+def check(quantized: Quantized, options: Options, plain: bool = True) -> Counts:
     """Compares both paths on the evaluation images, prompted with their annotated boxes."""
     dataset = evaluation_set(options, quantized.config)
     boxes, counts = coco.annotated_boxes(dataset).per_image, Counts()
@@ -103,7 +105,7 @@ def check(quantized: Quantized, options: Options) -> Counts:
         canvas, _ = preprocessing.prepare_image(image, quantized.config)
         own = preprocessing.apply_boxes(boxes[item.image_id].boxes, image.shape[:2], quantized.config.img_size)
         prompts = jnp.asarray(np.resize(own, (BOXES, 4)), jnp.float32)
-        compare(quantized, jnp.asarray(canvas[None]), prompts, counts)
+        compare(quantized, jnp.asarray(canvas[None]), prompts, counts, plain)
     return counts
 
 
@@ -130,7 +132,7 @@ def main(argv: list[str]) -> int:
         options = Options(**values)
         start = time.perf_counter()
         quantized = model_to_check(options, flags.FLAGS.random)
-        counts = check(quantized, options)
+        counts = check(quantized, options, plain=not flags.FLAGS.random)
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

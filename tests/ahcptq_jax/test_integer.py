@@ -48,19 +48,25 @@ def test_every_code_and_every_logit_is_equal(tiny_quantized):
 def test_every_layer_is_its_fake_quantized_self_on_equal_inputs(tiny_quantized):
     """The modules on decoded weights with quantized sites, given the inputs that occur: 1e-5 of the largest output."""
     image = picture(tiny_quantized.config)
-    inputs, outputs, product_of = {}, {}, {Linear: "product", Conv: "__call__"}
+    seen, given, product_of = {}, {}, {Linear: "product", Conv: "__call__"}
 
     def watch(next_fun, args, kwargs, context):
         y = next_fun(*args, **kwargs)
         path = "/".join(context.module.path)
         if path in tiny_quantized.weights and context.method_name == product_of[type(context.module)]:
-            inputs[path], outputs[path] = args[0], y
+            given[path], seen[path] = args[0], y
         return y
 
     params = tiny_quantized.float_params()
     weights, activations = tiny_quantized.weights, tiny_quantized.activations
-    with nn.intercept_methods(watch), intercept_quantized(weights, activations, "int32", None):
-        call(tiny_quantized.sam, params, image, None, BOXES[:1], None, False)
+
+    @jax.jit
+    def run():
+        with nn.intercept_methods(watch), intercept_quantized(weights, activations, "int32", None):
+            call(tiny_quantized.sam, params, image, None, BOXES[:1], None, False)
+        return given, seen
+
+    inputs, outputs = run()
     assert set(inputs) == set(weights)
     flat = flatten(params)
     for path, x in inputs.items():
@@ -117,6 +123,7 @@ def test_a_block_of_sam_b(sam_b_block, bounded, monkeypatch):
     np.testing.assert_array_equal(y, integer_y)
 
 
+@pytest.mark.slow
 def test_the_predictor_takes_it(tiny_quantized):
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     answers = []
