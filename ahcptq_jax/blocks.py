@@ -20,7 +20,7 @@ import numpy as np
 from ahcptq_jax.quantized import Quantized, QuantizedWeight, with_decoded
 from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
-from sam_flax.layers import MLPBlock, Site
+from sam_flax.layers import MLPBlock, Site, in_float32
 from sam_flax.mask_decoder import Attention
 from sam_flax.sam import Params, Sam, call, encoder_stages
 
@@ -109,6 +109,7 @@ def decoder_units(sam: Sam) -> list[Unit]:
 
 
 @partial(jax.jit, static_argnums=0)
+@in_float32
 def run_unit(
     operation: Operation,
     params: Params,
@@ -129,6 +130,7 @@ Captured = dict[str, tuple[tuple[jax.Array, ...], jax.Array]]
 
 
 @partial(jax.jit, static_argnames=("sam", "names"))
+@in_float32
 def capture_decoder(
     sam: Sam,
     params: Params,

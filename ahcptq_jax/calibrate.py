@@ -23,6 +23,7 @@ from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform
 from ahcptq_jax.recipe import BIMODAL_ATTENTION, Kind, site_kind
 from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
 from sam_flax.image_encoder import attention_probabilities
+from sam_flax.layers import in_float32
 from sam_flax.sam import Params, Sam, call, encoder_stages
 
 # Of `hluq_fine`.
@@ -153,6 +154,7 @@ Run = Callable[[Params, Any], Any]
 
 
 @partial(jax.jit, static_argnames=("run", "sites", "config"))
+@in_float32
 def observe(
     run: Run,
     params: Params,
@@ -346,6 +348,7 @@ def unify_keys(
     """
 
     @jax.jit
+    @in_float32
     def keys_of(params: Params, inputs: tuple) -> dict[str, jax.Array]:
         captured: dict[str, jax.Array] = {}
 

@@ -22,6 +22,7 @@ from ahcptq_jax.quantized import QuantizedWeight
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform, fake_quant_lsq
 from ahcptq_jax.quantizers.base import MIN_SCALE
 from ahcptq_jax.sites import flatten, intercept_sites, unflatten
+from sam_flax.layers import in_float32
 from sam_flax.sam import Params
 
 # Shares of the iterations after which channels are grouped into 8G, 4G, 2G and G (paper, section on CAG).
@@ -265,6 +266,7 @@ def _merge_rows(a: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("operation", "loss_axis", "config"), donate_argnames="state")
+@in_float32
 def advance(
     problem: Problem,
     state: State,

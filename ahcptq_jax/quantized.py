@@ -18,6 +18,7 @@ from ahcptq_jax.quantizers import Quantizer, Uniform
 from ahcptq_jax.sites import below, flatten, unflatten
 from sam_flax.config import SamConfig
 from sam_flax.image_encoder import Block, Neck, PatchEmbed
+from sam_flax.layers import in_float32
 from sam_flax.sam import Params, Points, Sam, apply_embed, call, check_canvas, encoder_stages
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def _recorder(codes: Codes) -> Note:
 
 
 @partial(jax.jit, static_argnames=("module", "carrier", "record"))
+@in_float32
 def _apply_stage(
     module: Block | Neck,
     params: Params,
@@ -97,6 +99,7 @@ def _apply_stage(
 
 
 @partial(jax.jit, static_argnames=("sam", "multimask_output", "carrier", "record"))
+@in_float32
 def _apply_decode(
     sam: Sam,
     params: Params,

@@ -123,6 +123,7 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         f"{len(dataset.items)} images, {len(boxes)} boxes; calibration on {len(calib)} images."
     )
     model_id = _fingerprint([np.asarray(leaf) for leaf in jax.tree.leaves(params)])
+    fp_id = f"{model_id} {options.precision}"
     partial: list[Path] = []
 
     def score(name: str, model: Any, identity: str, blank: bool = False) -> evaluate.EvaluationResult:
@@ -141,9 +142,9 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
             progress=f"evaluate {label}",
         )
 
-    fp_model = SamModel(sam, params)
+    fp_model = SamModel(sam, params, options.precision)
     with _timed(seconds, "evaluate_fp"):
-        fp = score("fp", fp_model, model_id)
+        fp = score("fp", fp_model, fp_id)
     results: dict[str, Any] = {"config": dataclasses.asdict(options), "fp": dict(fp.metrics)}
     results["model"] = options.model_name()
     results["bytes"] = {"fp32": 4 * sum(a.size for a in jax.tree.leaves(params))}
@@ -182,7 +183,7 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
                 layers = panels.layer_panels(quantized, SamModel(sam, params), calib)
     if options.blank:
         with _timed(seconds, "evaluate_blank"):
-            results["fp_blank"] = dict(score("fp", fp_model, model_id, blank=True).metrics)
+            results["fp_blank"] = dict(score("fp", fp_model, fp_id, blank=True).metrics)
     results["baselines"] = evaluate.evaluate_baselines(dataset, boxes)
     results["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     results["mIoU_note"] = fp.miou_note

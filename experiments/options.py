@@ -1,7 +1,7 @@
 """The command line's flags, and the frozen record that the code behind it takes instead of global state."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 from absl import flags
 
@@ -9,11 +9,13 @@ from ahcptq_jax.config import METHODS, QuantConfig
 from ahcptq_jax.grouping import METRICS
 from ahcptq_jax.learning import ReconstructionConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
+from sam_flax.sam import Precision
 
 # Fields of `Options` that are switches of `QuantConfig`, where they are given.
 _SWITCHES = ("hluq", "cag", "big", "agq", "groups", "group_metric", "hluq_fine", "hluq_reach_maximum", "softmax_rows")
 # Generated scenes to evaluate on.
 SPLITS = ("val", "train")
+PRECISIONS = get_args(Precision)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class Options:
     rounding_rate: float | None = None
     scale_rate: float | None = None
     harder: float = 0.0
+    precision: Precision = "float32"
     num_calib: int = 32
     num_scenes: int = 100
     scenes: str = "val"
@@ -67,6 +70,8 @@ class Options:
                 raise ValueError(f"--{name} is empty; leave it out for {getattr(type(self), name)!r}.")
         if self.artefact and self.method == "fp":
             raise ValueError("--artefact is a quantized model and --method=fp evaluates none; leave one of them out.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"--precision={self.precision} is unknown; choose one of {', '.join(PRECISIONS)}.")
         if not 0 <= self.harder <= 4:
             raise ValueError(f"--harder={self.harder} must lie in 0..4; 0 leaves the model as it is.")
         if self.boxes != "gt" and not self.images:
@@ -134,6 +139,13 @@ def define_flags() -> None:
     flags.DEFINE_float("scale_rate", d.scale_rate, "Learning rate of activation scales; default: by the iterations.")
     flags.DEFINE_float(
         "harder", d.harder, "Strength 0 to 4 of a change to the model that computes the same and quantizes worse."
+    )
+    flags.DEFINE_enum(
+        "precision",
+        d.precision,
+        list(PRECISIONS),
+        "Of the floating-point model's matrix products in its evaluation, on devices that have a choice. The quantized "
+        "model's products are exact, and what is learned is learned in float32.",
     )
     flags.DEFINE_integer("num_calib", d.num_calib, "Calibration images.")
     flags.DEFINE_integer("num_scenes", d.num_scenes, "Generated scenes to evaluate on, without --images.")

@@ -97,7 +97,7 @@ def _activations(
         for key, module in encoder_stages(config):
             here = below(f"image_encoder/{key}/", wanted)
             if not here:
-                x = apply_stage(module, encoder[key], x)
+                x = apply_stage(module, encoder[key], x, "float32")
                 continue
             x, seen = _observe(module, encoder[key], x, tuple(here))
             for path, value in seen.items():

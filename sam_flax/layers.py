@@ -1,13 +1,26 @@
 """Building blocks shared by encoder and decoder, and `Site`, the hook a quantizer needs."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable)
+
+
+def in_float32(function: Function) -> Function:
+    """The function with all matrix products in full float32, which GPUs and TPUs do not take by default."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("float32"):
+            return function(*args, **kwargs)
+
+    return cast(Function, wrapped)
 
 
 class Site(nn.Module):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -10,11 +10,13 @@ import jax.numpy as jnp
 
 from sam_flax.config import SamConfig
 from sam_flax.image_encoder import Block, ImageEncoderViT, Neck, PatchEmbed, make_block
+from sam_flax.layers import in_float32
 from sam_flax.mask_decoder import MaskDecoder
 from sam_flax.prompt_encoder import PromptEncoder
 
 Params = dict[str, Any]  # nested, float32 arrays at the leaves
 Points = tuple[jax.Array, jax.Array]
+Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
 
 def check_canvas(images: jax.Array, config: SamConfig) -> None:
@@ -132,18 +134,20 @@ def _random_like(shapes: Params, key: jax.Array) -> Params:
 
 
 @partial(jax.jit, static_argnums=0)
+@in_float32
 def apply_embed(module: PatchEmbed, params: Params, images: jax.Array) -> jax.Array:
     """Images (B, S, S, 3) -> tokens (B, g, g, D) with positions added; `params` is the image encoder's."""
     return call(module, params["patch_embed"], images) + params["pos_embed"]
 
 
-@partial(jax.jit, static_argnums=0)
-def apply_stage(module: Block | Neck, params: Params, x: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames=("module", "precision"))
+def apply_stage(module: Block | Neck, params: Params, x: jax.Array, precision: Precision) -> jax.Array:
     """One block or the neck on its own parameters."""
-    return call(module, params, x)
+    with jax.default_matmul_precision(precision):
+        return call(module, params, x)
 
 
-@partial(jax.jit, static_argnames=("sam", "multimask_output"))
+@partial(jax.jit, static_argnames=("sam", "multimask_output", "precision"))
 def apply_decode(
     sam: Sam,
     params: Params,
@@ -152,8 +156,10 @@ def apply_decode(
     boxes: jax.Array | None,
     masks: jax.Array | None,
     multimask_output: bool,
+    precision: Precision,
 ) -> tuple[jax.Array, jax.Array]:
-    return call(sam, params, image_embeddings, points, boxes, masks, multimask_output, method="decode")
+    with jax.default_matmul_precision(precision):
+        return call(sam, params, image_embeddings, points, boxes, masks, multimask_output, method="decode")
 
 
 def encoder_stages(config: SamConfig) -> list[tuple[str, Block | Neck]]:
@@ -164,10 +170,18 @@ def encoder_stages(config: SamConfig) -> list[tuple[str, Block | Neck]]:
 
 @dataclasses.dataclass(frozen=True)
 class SamModel:
-    """A SAM with its parameters, run stage by stage: two compilations serve any number of encoder blocks."""
+    """A SAM with its parameters, run stage by stage: two compilations serve any number of encoder blocks.
+
+    Attributes:
+        sam: the module.
+        params: its parameters.
+        precision: of matrix products. GPUs and TPUs have faster ones than "float32" ("tensorfloat32", "bfloat16",
+            summed in float32), and would take them by default; CPUs always compute in float32.
+    """
 
     sam: Sam
     params: Params
+    precision: Precision = "float32"
 
     @property
     def config(self) -> SamConfig:
@@ -180,7 +194,7 @@ class SamModel:
         embed = PatchEmbed(self.config.patch_size, self.config.embed_dim, parent=None)
         x = apply_embed(embed, {k: encoder[k] for k in ("patch_embed", "pos_embed")}, images)
         for key, module in encoder_stages(self.config):
-            x = apply_stage(module, encoder[key], x)
+            x = apply_stage(module, encoder[key], x, self.precision)
         return x
 
     def decode(
@@ -193,4 +207,5 @@ class SamModel:
     ) -> tuple[jax.Array, jax.Array]:
         """See `Sam.decode`."""
         params = {k: self.params[k] for k in ("prompt_encoder", "mask_decoder")}
-        return apply_decode(self.sam, params, image_embeddings, points, boxes, masks, multimask_output)
+        prompts = (image_embeddings, points, boxes, masks)
+        return apply_decode(self.sam, params, *prompts, multimask_output, self.precision)

@@ -123,6 +123,13 @@ def test_a_block_of_sam_b(sam_b_block, bounded, monkeypatch):
     np.testing.assert_array_equal(y, integer_y)
 
 
+def test_float_products_are_whole_on_every_device(sam_b_block):
+    """Sums of integers are exact in float32, and not in what GPUs and TPUs multiply in by default."""
+    text = quantized._apply_stage.lower(*sam_b_block, "float32", False).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "f32>" in line]
+    assert len(products) > 6 and all("precision = [HIGHEST, HIGHEST]" in line for line in products), products
+
+
 @pytest.mark.slow
 def test_the_predictor_takes_it(tiny_quantized):
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)

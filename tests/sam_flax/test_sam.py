@@ -1,6 +1,7 @@
 """The model against the official functions' stored outputs, and against itself by other routes."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,6 +90,18 @@ def test_golden_pth_holds_the_same_model(sam_tiny, data_dir):
     jax.tree.map(np.testing.assert_array_equal, params, sam_tiny[1])
 
 
+@pytest.mark.parametrize(("precision", "wanted"), [("float32", "HIGHEST"), ("tensorfloat32", "HIGH"), ("bfloat16", "")])
+def test_products_ask_for_their_precision(tiny, precision, wanted):
+    """What a device does with it is the device's; CPUs compute all of them in float32."""
+    key, module = encoder_stages(tiny.config)[1]
+    x = jnp.zeros((1, tiny.config.grid, tiny.config.grid, tiny.config.embed_dim))
+    text = apply_stage.lower(module, tiny.params["image_encoder"][key], x, precision).as_text()
+    products = re.findall(r"stablehlo\.dot_general.*", text)
+    assert len(products) >= 6
+    asked = f"precision = [{wanted}, {wanted}]" if wanted else "precision = [DEFAULT, DEFAULT]"
+    assert all(asked in product for product in products), products
+
+
 def test_golden_encoder_stages_in_two_compilations(tiny, sam_tiny_io):
     stage: Any = apply_stage
     stage.clear_cache()
@@ -97,7 +110,7 @@ def test_golden_encoder_stages_in_two_compilations(tiny, sam_tiny_io):
     x = apply_embed(PatchEmbed(16, 64), {k: encoder[k] for k in ("patch_embed", "pos_embed")}, images)
     assert_close(x[:1], sam_tiny_io["patch_embed_plus_pos_img0"])
     for i, (key, module) in enumerate(encoder_stages(tiny.config)):
-        x = apply_stage(module, encoder[key], x)
+        x = apply_stage(module, encoder[key], x, tiny.precision)
         if key != "neck":
             assert_close(x[:1], sam_tiny_io[f"block{i}_out_img0"])
     assert_close(x, channels_last(sam_tiny_io["image_embedding"]))
