@@ -44,9 +44,12 @@ from ahcptq_jax.quantized import Quantized, QuantizedWeight
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform
 from ahcptq_jax.recipe import RULES
 from ahcptq_jax.sites import flatten, unflatten
-from sam_flax import checkpoint
+from sam_flax.checkpoint import parse_config
 from sam_flax.config import SamConfig
+from sam_flax.parameters import parameter_shapes
 from sam_flax.sam import Sam
+from sam_flax.tensor_files import MAX_HEADER_BYTES, unique_keys, write_whole
+from sam_flax.trees import shown
 
 FORMAT = "ahcptq_jax"
 VERSION = 1
@@ -172,18 +175,8 @@ def save(quantized: Quantized, path: str | os.PathLike[str], remainder: Remainde
         raise ValueError(f"The model cannot be saved as {path}; give a file name in an existing directory.")
     tensors = tensors_of(quantized, remainder)
     header = header_bytes(quantized, tensors)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(header)
-                for tensor in tensors.values():
-                    file.write(tensor.data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, (header, *(tensor.data for tensor in tensors.values())))
     except OSError as error:
         raise ValueError(f"The model cannot be saved as {path} ({error.strerror}); choose a writable folder.") from None
 
@@ -231,7 +224,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     with path.open("rb") as file:
         start = file.read(9)
         length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
-        if start[8:] != b"{" or length > checkpoint.MAX_HEADER_BYTES or 8 + length > size:
+        if start[8:] != b"{" or length > MAX_HEADER_BYTES or 8 + length > size:
             raise _Refused(f"is truncated, or not a file by Quantized.save; {_REMEDY}")
         file.seek(8)
         raw = file.read(length)
@@ -258,10 +251,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             dtype, shape, count = _layout(name, entry, offset)
             offset += count * dtype.itemsize
             if 8 + length + offset > size:
-                raise _Refused(f"is truncated: it ends inside {_shown(name)}; {_REMEDY}")
+                raise _Refused(f"is truncated: it ends inside {shown(name)}; {_REMEDY}")
             data = file.read(count * dtype.itemsize)
             if hashlib.sha256(data).hexdigest() != checksum:
-                raise _Refused(f"is damaged: the checksum of {_shown(name)} is wrong; {_REMEDY}")
+                raise _Refused(f"is damaged: the checksum of {shown(name)} is wrong; {_REMEDY}")
             tensors[name] = np.frombuffer(data, dtype).reshape(shape)
         if 8 + length + offset != size:
             raise _Refused(f"has {size - 8 - length - offset} bytes too many at its end; {_REMEDY}")
@@ -271,29 +264,23 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _layout(name: str, entry: Any, offset: int) -> tuple[np.dtype, tuple[int, ...], int]:
     """Type, shape and element count of a tensor that must start at `offset`."""
     if not isinstance(entry, dict) or entry.get("dtype") not in list(_DTYPES) or not _is_shape(entry.get("shape")):
-        raise _Refused(f"has no readable type and shape for {_shown(name)}; {_REMEDY}")
+        raise _Refused(f"has no readable type and shape for {shown(name)}; {_REMEDY}")
     dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
     count = math.prod(shape)
     if entry.get("data_offsets") != [offset, offset + count * dtype.itemsize]:
-        raise _Refused(f"does not have {_shown(name)} where the tensor before it ends; {_REMEDY}")
+        raise _Refused(f"does not have {shown(name)} where the tensor before it ends; {_REMEDY}")
     return dtype, tuple(shape), count
 
 
 def _parse(text: Any, kind: type = dict) -> Any:
     """JSON of one kind; refuses anything else, a key given twice included."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except (TypeError, ValueError, RecursionError):
         value = None
     if type(value) is not kind:
         raise _Refused(f"has a header that cannot be read; {_REMEDY}")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key appears twice")
-    return dict(pairs)
 
 
 def _is_shape(shape: Any) -> bool:
@@ -305,11 +292,6 @@ def _is_shape(shape: Any) -> bool:
     )
 
 
-def _shown(name: str) -> str:
-    name = name if len(name) <= 120 else name[:117] + "..."
-    return name if name.isprintable() else ascii(name)
-
-
 # ---------------------------------------------------------------------------------------------------- rebuilding
 
 
@@ -319,14 +301,14 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
     # The tensors bound what a configuration can cost.
     if max(config.depth, config.decoder_depth, config.num_multimask_outputs, config.iou_head_depth) > len(tensors):
         raise _Refused(f"has a configuration of more layers than its {len(tensors)} tensors; {_REMEDY}")
-    shapes = checkpoint.parameter_shapes(config)
+    shapes = parameter_shapes(config)
     sites = quantizable_sites(config, shapes)
     rest = dict(tensors)
 
     def take(name: str, shape: tuple[int, ...] | None, *dtypes: type) -> np.ndarray:
         tensor = rest.pop(name, None)
         if tensor is None or tensor.dtype not in dtypes or shape not in (None, tensor.shape):
-            raise _Refused(f"does not hold {_shown(name)} as its metadata describes it; {_REMEDY}")
+            raise _Refused(f"does not hold {shown(name)} as its metadata describes it; {_REMEDY}")
         return tensor
 
     weights: dict[str, QuantizedWeight] = {}
@@ -334,7 +316,7 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
         shape = shapes.pop(f"{layer}/kernel", None)
         bits = static.get("bits") if isinstance(static, dict) else None
         if f"{layer}/input" not in sites or type(bits) is not int or static.get("shape") != list(shape or ()):
-            raise _Refused(f"describes a quantized weight {_shown(layer)} that its model does not have; {_REMEDY}")
+            raise _Refused(f"describes a quantized weight {shown(layer)} that its model does not have; {_REMEDY}")
         assert shape is not None
         zero_point = take(f"weights/{layer}/zero_point", shape[-1:], np.uint8).astype(np.float32)
         scale = take(f"weights/{layer}/scale", shape[-1:], np.float32)
@@ -346,14 +328,14 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
     for site, static in _parse(metadata.get("activations")).items():
         kind, bits = (static.get("kind"), static.get("bits")) if isinstance(static, dict) else (None, None)
         if site not in sites or kind not in list(KINDS) or type(bits) is not int:
-            raise _Refused(f"describes a quantizer {_shown(site)} that its model does not have; {_REMEDY}")
+            raise _Refused(f"describes a quantizer {shown(site)} that its model does not have; {_REMEDY}")
         channels, rows = sites[site], take(f"activations/{site}", None, np.float32)
         if rows.ndim not in (1, 2) or len(rows) != len(FIELDS[kind]) or (channels is None and rows[0].size != 1):
-            raise _Refused(f"does not hold the quantizer {_shown(site)} as its metadata describes it; {_REMEDY}")
+            raise _Refused(f"does not hold the quantizer {shown(site)} as its metadata describes it; {_REMEDY}")
         fields: dict[str, Any] = dict(zip(FIELDS[kind], rows, strict=True))
         if kind == "grouped":
             if channels is None:
-                raise _Refused(f"groups the channels of {_shown(site)}, which has none; {_REMEDY}")
+                raise _Refused(f"groups the channels of {shown(site)}, which has none; {_REMEDY}")
             fields["groups"] = take(f"activations/{site}/groups", (channels,), np.uint8, np.uint16).astype(np.int32)
         activations[site] = _sound(site, KINDS[kind], channels, bits=bits, **fields)
 
@@ -361,10 +343,10 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
     for path, shape in shapes.items():
         value = take(f"params/{path}", shape, np.float16, np.float32).astype(np.float32)
         if not np.isfinite(value).all():
-            raise _Refused(f"has values in {_shown(path)} that are not finite; {_REMEDY}")
+            raise _Refused(f"has values in {shown(path)} that are not finite; {_REMEDY}")
         params[path] = jnp.asarray(value)
     if rest:
-        raise _Refused(f"holds {_shown(min(rest))}, which its metadata does not describe; {_REMEDY}")
+        raise _Refused(f"holds {shown(min(rest))}, which its metadata does not describe; {_REMEDY}")
     return Quantized(unflatten(params), weights, activations, Sam(config), quant_config)
 
 
@@ -373,14 +355,14 @@ def _sound(name: str, cls: Any, channels: int | None, *, bits: int, **fields: np
     try:
         quantizer = cls(**fields, bits=bits).validate(channels)
     except ValueError as error:
-        raise _Refused(f"has an unsound quantizer for {_shown(name)}: {error}; {_REMEDY}") from None
+        raise _Refused(f"has an unsound quantizer for {shown(name)}: {error}; {_REMEDY}") from None
     arrays = {k: jnp.asarray(v, jnp.int32 if k == "tau" else None) for k, v in fields.items()}
     return dataclasses.replace(quantizer, **arrays)
 
 
 def _sam_config(metadata: Mapping[str, Any]) -> SamConfig:
     try:
-        return checkpoint.parse_config(str(metadata.get("sam_config")), "It")
+        return parse_config(str(metadata.get("sam_config")), "It")
     except ValueError as error:
         reason = str(error).removeprefix("It has ").split(";")[0].rstrip(".")
         raise _Refused(f"has no usable model configuration ({reason}); {_REMEDY}") from None
@@ -390,7 +372,7 @@ def _quant_config(values: dict[str, Any]) -> QuantConfig:
     known = {field.name for field in dataclasses.fields(QuantConfig)}
     if values.keys() != known:
         # A default in place of a missing value would be a guess at how the file was made.
-        different = _shown(", ".join(sorted(values.keys() ^ known)))
+        different = shown(", ".join(sorted(values.keys() ^ known)))
         raise _Refused(f"has quantization settings of another package version ({different}); quantize again")
     try:
         return QuantConfig(**values)

@@ -18,8 +18,8 @@ from ahcptq_jax.quantizers import Uniform
 from ahcptq_jax.recipe import weight_path
 from ahcptq_jax.sites import flatten, unflatten
 from sam_flax import preprocessing
-from sam_flax.checkpoint import infer_config
 from sam_flax.image_encoder import PatchEmbed
+from sam_flax.infer import infer_config
 from sam_flax.sam import Params, Sam, apply_embed
 
 _STATE_FORMAT = "calibration 1"

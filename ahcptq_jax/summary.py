@@ -13,7 +13,7 @@ from ahcptq_jax import artefact
 from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer
 from ahcptq_jax.recipe import weight_path
-from sam_flax.checkpoint import parameter_shapes
+from sam_flax.parameters import parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,8 +30,8 @@ from ahcptq_jax.sites import flatten, unflatten
 from experiments.benchmark_rows import peak_bytes
 from experiments.results import write_atomically, write_json
 from sam_flax import CONFIGS, Sam, SamModel, load_sam, save_params
-from sam_flax.checkpoint import parameter_shapes
 from sam_flax.config import SamConfig
+from sam_flax.parameters import parameter_shapes
 
 COLUMNS = ("file", "imports", "loaded", "run")  # in bytes
 BOXES = np.array([[100.0, 100, 600, 700]] * 8, np.float32)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sam_flax import SamConfig
-from sam_flax.checkpoint import Params, convert
+from sam_flax.convert import convert
+from sam_flax.sam import Params
 
 # Compiled programs are kept, for a repeated run and for the processes that tests start.
 _CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))

@@ -18,7 +18,7 @@ from ahcptq_jax import artefact
 from ahcptq_jax.quantized import Quantized, QuantizedWeight
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
 from sam_flax import MINI, VIT_B, SamPredictor, load_sam, save_params
-from sam_flax.checkpoint import parameter_shapes
+from sam_flax.parameters import parameter_shapes
 from sam_flax.sam import Sam
 
 

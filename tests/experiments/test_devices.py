@@ -26,7 +26,7 @@ from ahcptq_jax.quantize import quantize
 from experiments import coco, devices, evaluate
 from experiments.scenes import scene_dataset, to_coco
 from sam_flax import Sam, SamModel, SamPredictor
-from sam_flax.checkpoint import convert
+from sam_flax.convert import convert
 
 out, coordinator, processes, process = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 devices.connect(coordinator, processes, process)

@@ -67,21 +67,8 @@ def embedding(sam_tiny_io) -> jax.Array:
 # ------------------------------------------------------------------------- against the official functions
 
 
-def test_golden_configuration(sam_tiny):
-    assert sam_tiny[0] == SamConfig(
-        img_size=128,
-        patch_size=16,
-        embed_dim=64,
-        depth=4,
-        num_heads=4,
-        window_size=3,
-        global_attn_indexes=(1, 3),
-        out_chans=32,
-        mask_in_chans=8,
-        decoder_num_heads=4,
-        decoder_mlp_dim=64,
-        iou_head_hidden_dim=32,
-    )
+def test_golden_configuration(sam_tiny, tiny_config):
+    assert sam_tiny[0] == tiny_config
 
 
 def test_golden_pth_holds_the_same_model(sam_tiny, data_dir):
