@@ -26,7 +26,8 @@ from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 
 from experiments import devices
-from experiments.coco import BoxSet, CocoDataset, ImageBoxes, ImageItem, quiet_coco, stream_images
+from experiments.coco import BoxSet, CocoDataset, ImageBoxes, ImageItem, stream_images
+from experiments.coco.dataset import quiet_coco
 from experiments.results import write_atomically
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mIoU")

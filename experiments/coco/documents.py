@@ -1,0 +1,174 @@
+"""COCO's instance documents, checked (https://cocodataset.org/#format-data)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pycocotools import mask as mask_utils
+
+from experiments.coco.boxes import Corners, clip_box, parse_box
+from experiments.coco.masks import check_segmentation, run_lengths
+from experiments.coco.values import is_integer, is_number
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Instances:
+    """What is used of a document, for its first images.
+
+    Attributes:
+      images: records of the images, each with a whole `id`, `height` and `width`.
+      annotations: their annotations, in the fields that pycocotools reads.
+      boxes: the box of each annotation, clipped to its image.
+      categories: records with a whole `id`.
+      listed_ids: ids of all images of the document.
+      clipped: number of boxes that stuck out of their image.
+    """
+
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+    boxes: list[Corners]
+    categories: list[dict[str, Any]]
+    listed_ids: frozenset[int]
+    clipped: int
+
+
+def parse_instances(document: Mapping[str, Any], source: str, limit: int | None, require_masks: bool) -> Instances:
+    """Checks a document and takes what is used of it; the document is left as it is.
+
+    Args:
+      document: the parsed JSON.
+      source: what to call it in messages.
+      limit: number of images to keep, from the start; None keeps all.
+      require_masks: whether every annotation must have a mask.
+
+    Raises:
+      ValueError: if it is not an instances document, contradicts itself, or has nothing for these images.
+    """
+    listed, raw_annotations = _lists(document, source, limit)
+    images = [_parse_image(record, source, position) for position, record in enumerate(listed)]
+    listed_ids = frozenset(record["id"] for record in images)
+    if len(listed_ids) != len(images):
+        raise ValueError(f"{source} lists an image id twice: give every image its own id.")
+    images = images[:limit]
+    sizes = {record["id"]: (record["width"], record["height"]) for record in images}
+    categories = _parse_categories(document, source)
+    known_categories = {category["id"] for category in categories}
+
+    annotations: list[dict[str, Any]] = []
+    boxes: list[Corners] = []
+    renumber = _needs_new_ids(raw_annotations)
+    clipped = 0
+    for position, raw in enumerate(raw_annotations):
+        name = f"Annotation {raw.get('id', position) if isinstance(raw, dict) else position} of {source}"
+        if not isinstance(raw, dict) or not {"image_id", "category_id", "bbox"} <= raw.keys():
+            raise ValueError(f"{name} lacks image_id, category_id or bbox: use COCO's instances format.")
+        if not is_integer(raw["image_id"]) or raw["image_id"] not in listed_ids:
+            raise ValueError(
+                f"{name} belongs to image {raw['image_id']}, which the file does not list: "
+                "remove the annotation or add the image."
+            )
+        if raw["image_id"] not in sizes:
+            continue
+        if not is_integer(raw["category_id"]) or raw["category_id"] not in known_categories:
+            raise ValueError(
+                f"{name} has category {raw['category_id']}, which the file does not define: "
+                "add the category or correct the annotation."
+            )
+        width, height = sizes[raw["image_id"]]
+        box, was_clipped = _annotated_box(raw["bbox"], width, height, name)
+        clipped += was_clipped
+        record: dict[str, Any] = {
+            "id": position + 1 if renumber else raw["id"],
+            "image_id": raw["image_id"],
+            "category_id": raw["category_id"],
+            "bbox": [float(value) for value in raw["bbox"]],
+            "iscrowd": int(bool(raw.get("iscrowd", 0))),
+        }
+        if require_masks or raw.get("segmentation"):
+            record["segmentation"] = check_segmentation(raw.get("segmentation"), width, height, name)
+        record["area"] = _area(raw, record, width, height)
+        annotations.append(record)
+        boxes.append(box)
+    if not annotations:
+        raise ValueError(
+            f"None of the first {len(images)} images of {source} has an annotation: evaluate more images (--limit)."
+        )
+    return Instances(images, annotations, boxes, categories, listed_ids, clipped)
+
+
+def file_name(record: Mapping[str, Any], source: str, *, needed: bool) -> str:
+    """An image's file name; arrays in memory (`needed` False) may go without."""
+    name = record.get("file_name")
+    if isinstance(name, str) and name:
+        return name
+    if needed:
+        raise ValueError(f"Image {record['id']} of {source} has no file_name: add the name of its file.")
+    return f"image {record['id']}"
+
+
+def _lists(document: Mapping[str, Any], source: str, limit: int | None) -> tuple[list[Any], list[Any]]:
+    """Images and annotations as listed, neither of them empty."""
+    for key in ("images", "annotations"):
+        if not isinstance(document.get(key), list):
+            raise ValueError(
+                f'{source} is not a COCO instances file: it has no list "{key}"; use an '
+                "instances_*.json file, which has images, annotations and categories."
+            )
+    if limit is not None and limit < 1:
+        raise ValueError(f"The limit of images is {limit}: give at least 1, or leave it out for all images.")
+    if not document["images"]:
+        raise ValueError(f"{source} lists no images: use an annotation file with at least one image.")
+    if not document["annotations"]:
+        raise ValueError(f"{source} has no annotations: use a file with at least one annotated object.")
+    return document["images"], document["annotations"]
+
+
+def _parse_image(record: Any, source: str, position: int) -> dict[str, Any]:
+    """One entry of "images", with its id and size checked."""
+    name = f"Image {position} of {source}"
+    if not isinstance(record, dict) or not is_integer(record.get("id")):
+        raise ValueError(f"{name} has no integer id: use COCO's instances format.")
+    for key in ("height", "width"):
+        if not is_number(record.get(key)) or record[key] < 1 or record[key] != int(record[key]):
+            raise ValueError(f"{name} (id {record['id']}) has no positive whole {key}: add the image's size in pixels.")
+    return {**record, "height": int(record["height"]), "width": int(record["width"])}
+
+
+def _parse_categories(document: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
+    """The categories, or one per id in use if the file names none."""
+    categories = document.get("categories")
+    if categories is None:
+        found = (a.get("category_id") for a in document["annotations"] if isinstance(a, dict))
+        return [{"id": category, "name": str(category)} for category in sorted(set(filter(is_integer, found)))]
+    if not isinstance(categories, list) or not all(
+        isinstance(category, dict) and is_integer(category.get("id")) for category in categories
+    ):
+        raise ValueError(f"{source} has malformed categories: give a list of objects with a whole id and a name.")
+    return [dict(category) for category in categories]
+
+
+def _needs_new_ids(annotations: Sequence[Any]) -> bool:
+    """Whether annotation ids must be replaced; pycocotools takes the ground-truth id 0 for "no match"."""
+    ids = [a.get("id") for a in annotations if isinstance(a, dict)]
+    return not all(is_integer(i) and i > 0 for i in ids) or len(set(ids)) != len(ids)
+
+
+def _annotated_box(bbox: Any, width: int, height: int, name: str) -> tuple[Corners, bool]:
+    """The clipped corners of an annotated `[x, y, width, height]`, and whether clipping changed them."""
+    x, y, w, h = parse_box(bbox, name)
+    beside = x >= width or (x < 0 and x + w <= 0)
+    above_or_below = y >= height or (y < 0 and y + h <= 0)
+    if beside or above_or_below:
+        raise ValueError(
+            f"{name} has the box {list(bbox)}, which lies outside its {width}x{height} image: correct or remove it."
+        )
+    return clip_box(x, y, w, h, width, height)
+
+
+def _area(raw: Mapping[str, Any], record: Mapping[str, Any], width: int, height: int) -> float:
+    """The annotated area, or that of the mask, or that of the box."""
+    if is_number(raw.get("area")) and raw["area"] >= 0:
+        return float(raw["area"])
+    if "segmentation" not in record:
+        return record["bbox"][2] * record["bbox"][3]
+    return float(mask_utils.area(run_lengths(record["segmentation"], width, height)))

@@ -1,0 +1,67 @@
+"""Masks as COCO writes them: polygons, run lengths and compressed run lengths."""
+
+from typing import Any
+
+from pycocotools import mask as mask_utils
+
+from experiments.coco.values import is_integer, is_number
+
+
+def check_segmentation(segmentation: Any, width: int, height: int, name: str) -> Any:
+    """A mask in one of COCO's three encodings: polygons, run lengths, or compressed run lengths.
+
+    pycocotools reads a malformed mask as something else or past its end, so it is refused here.
+    """
+    if isinstance(segmentation, list) and segmentation:
+        polygons = [segmentation] if all(is_number(v) for v in segmentation) else segmentation
+        # A polygon of two points has no area, and pycocotools would take its four numbers for a box.
+        usable = [p for p in polygons if isinstance(p, list) and len(p) >= 6]
+        if usable and all(len(p) % 2 == 0 and all(is_number(v) for v in p) for p in usable):
+            return usable
+    if isinstance(segmentation, dict) and segmentation.get("counts"):
+        size, counts = segmentation.get("size"), segmentation["counts"]
+        if not isinstance(size, list | tuple) or list(size) != [height, width]:
+            raise ValueError(
+                f"{name} has a mask of size {size}, but its image has [height, width] {[height, width]}: "
+                "make the mask at the image's size."
+            )
+        if isinstance(counts, str | bytes):
+            counts = _decompress(counts)
+        if isinstance(counts, list) and all(is_integer(v) and v >= 0 for v in counts) and sum(counts) == width * height:
+            return segmentation
+    raise ValueError(
+        f"{name} has no valid mask: give polygons of at least three points, or run lengths that cover the image."
+    )
+
+
+def _decompress(counts: str | bytes) -> list[int]:
+    """Run lengths of COCO's compressed form, or [-1] if it is not of that form.
+
+    Each number is written in 6-bit characters from "0" on, low bits first: 5 bits of it and one that says
+    whether more follow; from the fourth on it is the difference from the run two before (pycocotools'
+    maskApi.c).
+    """
+    codes = counts.encode() if isinstance(counts, str) else counts
+    runs: list[int] = []
+    value = shift = 0
+    for code in codes:
+        if not 48 <= code < 112:
+            return [-1]
+        bits = code - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    return [-1] if shift else runs
+
+
+def run_lengths(segmentation: Any, width: int, height: int) -> dict[str, Any]:
+    """Compressed run lengths of a checked mask; the polygons of one object are united."""
+    if isinstance(segmentation, list):
+        return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return mask_utils.frPyObjects(segmentation, height, width)
+    return segmentation
