@@ -32,8 +32,9 @@ from ahcptq_jax.harder import make_harder
 from ahcptq_jax.quantize import quantize_model
 from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.reconstruct import UnitReport, quantize_reconstructed
-from experiments import coco, devices, evaluate, panels, report
+from experiments import coco, devices, evaluate, report
 from experiments.options import Options, define_flags, options_from_flags
+from experiments.report import panels
 from experiments.results import write_atomically, write_json
 from experiments.scenes import CALIB_SEED, EVAL_SEED, scene_dataset, to_coco
 from hwcost.codes import to_json

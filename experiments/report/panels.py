@@ -1,5 +1,6 @@
 """What the report shows of a quantized model's layers: activations against the codes that stand for them."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -11,12 +12,55 @@ from ahcptq_jax.quantize import prepare
 from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.quantizers import Grouped, Hybrid, Uniform
 from ahcptq_jax.sites import below, intercept_sites
-from experiments.report import GroupPanel, HybridPanel
 from sam_flax.image_encoder import Block, Neck, PatchEmbed
 from sam_flax.sam import Params, SamModel, apply_embed, apply_stage, call, encoder_stages
 
 # Fine enough that the part up to the breakpoint, a tenth of the range, still has a shape.
 HISTOGRAM_BINS = 360
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HybridPanel:
+    """Activations of a layer that HLUQ quantizes.
+
+    Attributes:
+      name: the layer's site.
+      counts: (B,) activations per bin.
+      edges: (B + 1,) borders of the bins.
+      codes: (L,) the values that the codes stand for.
+      breakpoint: where the logarithmic codes end and the uniform ones begin, `m + s_l`.
+    """
+
+    name: str
+    counts: np.ndarray
+    edges: np.ndarray
+    codes: np.ndarray
+    breakpoint: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupPanel:
+    """Channels of a layer that CAG groups.
+
+    Attributes:
+      name: the layer's site.
+      channel_min: (C,) least activation of every channel in calibration.
+      channel_max: (C,) greatest.
+      scale: (C,) every channel's own scale, before grouping.
+      zero_point: (C,) every channel's own zero point.
+      groups: (C,) int, the group of every channel.
+      group_min: (G,) least value that the group's codes reach; the extremes of its channels if not given.
+      group_max: (G,) greatest.
+    """
+
+    name: str
+    channel_min: np.ndarray
+    channel_max: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+    groups: np.ndarray
+    group_min: np.ndarray | None = None
+    group_max: np.ndarray | None = None
 
 
 def layer_panels(

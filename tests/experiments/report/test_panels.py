@@ -9,8 +9,7 @@ from ahcptq_jax import QuantConfig
 from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.quantizers import Grouped, Hybrid, Uniform
 from ahcptq_jax.sites import intercept_sites
-from experiments import panels
-from experiments.report import GroupPanel, HybridPanel
+from experiments.report import GroupPanel, HybridPanel, panels
 from sam_flax import preprocessing
 from sam_flax.sam import Sam, SamModel
 

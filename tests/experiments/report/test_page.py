@@ -1,8 +1,7 @@
-"""The report: one file, complete, escaped, and without anything from outside."""
+"""The report's page: one file, complete, escaped, and without anything from outside."""
 
 import base64
 import io
-import json
 import re
 from html.parser import HTMLParser
 
@@ -10,11 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.coco import CocoDataset, annotated_boxes
-from experiments.evaluate import METRICS, ShapePredictor, evaluate, filled_box, inscribed_ellipse
-from experiments.report import Example, GroupPanel, HybridPanel, make_examples, write_report
-from experiments.results import plain, write_atomically, write_json
-from experiments.scenes import scene_dataset, to_coco
+from experiments.evaluate import METRICS, filled_box
+from experiments.report import Example, GroupPanel, HybridPanel, write_report
 
 
 def metrics(value=50.0):
@@ -150,49 +146,3 @@ def test_unusual_layers_are_drawn_without_warnings(tmp_path, panel):
 @pytest.mark.parametrize("size, count", [((1, 1), 1), ((3, 400), 0), ((500, 20), 9), ((900, 1300), 1)])
 def test_unusual_images_are_drawn(tmp_path, size, count):
     assert len(parse(write_report(tmp_path, {}, [make_example(size, count)], [])).alts) == 3
-
-
-def test_examples_span_the_agreement():
-    dataset = CocoDataset.from_memory(*to_coco(scene_dataset(seed=0, count=5, size=128)))
-    boxes = annotated_boxes(dataset)
-    fp = evaluate(ShapePredictor(inscribed_ellipse), dataset, boxes, progress=None)
-    quantized = evaluate(ShapePredictor(filled_box), dataset, boxes, progress=None)
-    examples = make_examples(dataset, boxes, fp, quantized, count=3, max_boxes=2)
-    assert len({example.title for example in examples}) == 3
-    for example in examples:
-        assert example.gt_masks.shape == (2, 128, 128)
-        np.testing.assert_array_equal(example.fp_masks, inscribed_ellipse(example.boxes, 128, 128))
-        np.testing.assert_array_equal(example.quantized_masks, filled_box(example.boxes, 128, 128))
-        # The truth belongs to the drawn boxes: it fills them up to their sides.
-        assert (example.gt_masks & ~example.quantized_masks).sum() == 0
-        assert example.gt_masks.any()
-    assert len(make_examples(dataset, boxes, fp, quantized, count=50)) == 5
-
-
-def test_json_is_strict_and_atomic(tmp_path):
-    value = {
-        "a": np.float32(1.5),
-        2: [float("nan"), np.inf],
-        "p": tmp_path,
-        "n": np.arange(2),
-        "t": (True, None),
-    }
-    path = write_json(tmp_path / "new" / "results.json", value)
-    text = path.read_text()
-    assert json.loads(text) == {
-        "a": 1.5,
-        "2": [None, None],
-        "p": str(tmp_path),
-        "n": [0, 1],
-        "t": [True, None],
-    }
-    assert "NaN" not in text and [file.name for file in path.parent.iterdir()] == ["results.json"]
-    with pytest.raises(TypeError, match="no JSON form"):
-        write_json(path, {"f": plain})
-    assert path.read_text() == text  # a failed write leaves the old file
-
-
-def test_an_unwritable_place_gets_one_sentence(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="--out"):
-        write_atomically(tmp_path / "file" / "results.json", "{}")
