@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from ahcptq_jax import grouping, search
 from ahcptq_jax.quantizers import Hybrid
 from experiments import benchmark_learning
+from experiments.allocator import keep_pages
 from sam_flax import Sam, SamModel
 from sam_flax.config import MINI, VIT_B, VIT_H, VIT_L, SamConfig
 
@@ -302,4 +303,6 @@ def serve(name: str, torch: bool, toy: bool, requests: TextIO, answers: TextIO) 
 
 
 if __name__ == "__main__":
+    # As the command line does; PyTorch would spend most of its time getting pages back.
+    keep_pages()
     serve(sys.argv[1], "torch" in sys.argv[2:], "toy" in sys.argv[2:], sys.stdin, sys.stdout)

@@ -33,6 +33,7 @@ from ahcptq_jax.quantize import quantize_model
 from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.reconstruct import UnitReport, quantize_reconstructed
 from experiments import coco, devices, evaluate, report
+from experiments.allocator import keep_pages
 from experiments.options import Options, define_flags, options_from_flags
 from experiments.report import panels
 from experiments.results import write_atomically, write_json
@@ -353,6 +354,7 @@ def cli() -> None:
     define_flags()
     devices.define_flags()
     use_compilation_cache()
+    keep_pages()
     app.run(main)
 
 

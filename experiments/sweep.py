@@ -22,6 +22,7 @@ from absl import app, flags
 
 from ahcptq_jax.config import METHODS
 from experiments import main as main_job
+from experiments.allocator import keep_pages
 from experiments.options import Options, define_flags, options_from_flags
 from experiments.results import write_atomically
 from experiments.sweep_figure import draw
@@ -198,6 +199,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     define_flags()
     main_job.use_compilation_cache()
+    keep_pages()
     flags.DEFINE_string("methods", ",".join(METHODS), "Methods, each with what to switch or set behind it.")
     flags.DEFINE_string("bits", "44,55,66", "Widths of weights and activations, two digits each.")
     flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, … per setting.", lower_bound=1)
