@@ -1,7 +1,5 @@
 """Quantizers: one table of shared contracts, official values and gradients, properties, failures."""
 
-from pathlib import Path
-
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -12,7 +10,6 @@ import pytest
 from ahcptq_jax import quantizers
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform, base
 
-DATA = Path(__file__).parents[1] / "data"
 CHANNELS = 12
 ALL_BITS = range(2, 9)
 KINDS = ("uniform", "per_channel", "grouped", "log2", "log2_tau1", "log2_tau4", "hybrid", "hybrid_reach")
@@ -44,11 +41,6 @@ def sample(rows: int = 600) -> np.ndarray:
     values[1] = 1e-30
     values[2] = np.linspace(-100, 100, CHANNELS)
     return values
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(DATA / f"{name}_s0.npz") as arrays:
-        return dict(arrays)
 
 
 encode = jax.jit(lambda q, x: q.encode(x))
@@ -109,8 +101,8 @@ def test_vmap_over_layers(kind: str) -> None:
         np.testing.assert_array_equal(together[i], layer.fake_quant(x))
 
 
-def test_gradients_are_the_official_ones() -> None:
-    g = golden("grads")
+def test_gradients_are_the_official_ones(golden) -> None:
+    g = golden("grads_s0")
     bits = int(g["bits"])
     uniform = Uniform(jnp.asarray(g["lsq_scale"]), jnp.asarray(g["lsq_zp"], jnp.float32), bits)
     grouped = Grouped(jnp.asarray(g["group_scales"]), jnp.asarray(g["group_zp"]), jnp.asarray(g["group_labels"]), bits)
@@ -143,8 +135,8 @@ def test_gradients_are_the_official_ones() -> None:
             np.testing.assert_allclose(getattr(grads, name), g[key], atol=1e-5)
 
 
-def test_log2_gradients_are_the_official_ones() -> None:
-    g = golden("grads")
+def test_log2_gradients_are_the_official_ones(golden) -> None:
+    g = golden("grads_s0")
 
     def loss(x, scale):
         out = quantizers.log2_fake_quant(x, scale, jnp.asarray(g["agq_tau"]), 2 ** int(g["bits"]))
@@ -159,15 +151,15 @@ def test_log2_gradients_are_the_official_ones() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
-def test_uniform_values_are_the_official_ones(bits: int) -> None:
-    g = golden("uniform_per_tensor")
+def test_uniform_values_are_the_official_ones(bits: int, golden) -> None:
+    g = golden("uniform_per_tensor_s0")
     quantizer = Uniform.from_range(g[f"min_val_b{bits}"], g[f"max_val_b{bits}"], bits)
     assert quantizer.zero_point == g[f"zero_point_b{bits}"]
     np.testing.assert_allclose(quantizer.fake_quant(g["x"]), g[f"out_b{bits}"], atol=1e-6)
 
 
-def test_grouped_values_are_the_official_ones() -> None:
-    g = golden("cag")
+def test_grouped_values_are_the_official_ones(golden) -> None:
+    g = golden("cag_s0")
     quantizer = Uniform.from_range(g["min_val"], g["max_val"], int(g["bits"]))
     np.testing.assert_array_equal(quantizer.zero_point, g["zero_point"])
     np.testing.assert_allclose(quantizer.fake_quant(g["x"][0]), g["out_ungrouped_x0"], atol=1e-6)
@@ -175,8 +167,8 @@ def test_grouped_values_are_the_official_ones() -> None:
     np.testing.assert_allclose(grouped.fake_quant(g["x"][0]), g["out_g4_x0"], atol=1e-6)
 
 
-def test_log2_with_official_levels_gives_the_official_values() -> None:
-    g = golden("agq")
+def test_log2_with_official_levels_gives_the_official_values(golden) -> None:
+    g = golden("agq_s0")
     for i, tau in enumerate(g["taus"]):
         out = quantizers.log2_fake_quant(g["attention"][0], g["scales"][i], jnp.int32(tau), 16)
         np.testing.assert_allclose(out, g["out_log_tau"][i], atol=1e-6)
@@ -189,8 +181,8 @@ def test_log2_with_official_levels_gives_the_official_values() -> None:
 
 
 @pytest.mark.parametrize("name", ["hluq", "hluq_large"])
-def test_hybrid_values_are_the_official_ones(name: str) -> None:
-    g = golden(name)
+def test_hybrid_values_are_the_official_ones(name: str, golden) -> None:
+    g = golden(f"{name}_s0")
     intended = g["out" if name == "hluq" else "out_intended"]
     minimum = g["running_min"][-1]
     for i, (range_rate, grid_rate) in enumerate(g["candidates"]):
@@ -200,9 +192,9 @@ def test_hybrid_values_are_the_official_ones(name: str) -> None:
         np.testing.assert_allclose(quantizer.fake_quant(g["x"][0]), intended[i], atol=1e-5)
 
 
-def test_hybrid_does_not_have_the_official_defect() -> None:
+def test_hybrid_does_not_have_the_official_defect(golden) -> None:
     """The official zero rule also hits large values of the uniform region, which collapse to scale_log."""
-    g = golden("hluq_large")
+    g = golden("hluq_large_s0")
     minimum = g["running_min"][-1]
     collapsed = 0
     for i, (range_rate, grid_rate) in enumerate(g["candidates"]):

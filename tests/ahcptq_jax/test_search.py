@@ -1,7 +1,5 @@
 """Searches: the official outcomes, streaming equal to batches, mechanisms, failures."""
 
-from pathlib import Path
-
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -11,13 +9,7 @@ import pytest
 
 from ahcptq_jax import search
 from ahcptq_jax.quantizers import Uniform
-
-DATA = Path(__file__).parents[1] / "data"
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(DATA / f"{name}_s0.npz") as arrays:
-        return dict(arrays)
+from ahcptq_jax.search.loss import loss_power
 
 
 def power_loss(quantizer, x) -> float:
@@ -45,13 +37,13 @@ def brute_force_weight(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.nd
 
 def test_loss_power_is_accurate() -> None:
     values = np.concatenate([np.logspace(-12, 12, 5001), [1.0, 2.0, 0.5, 2**0.5]]).astype(np.float32)
-    np.testing.assert_allclose(jax.jit(search.loss_power)(values), values.astype(np.float64) ** 2.4, rtol=1e-5)
-    assert search.loss_power(jnp.zeros(1))[0] < 1e-37
+    np.testing.assert_allclose(jax.jit(loss_power)(values), values.astype(np.float64) ** 2.4, rtol=1e-5)
+    assert loss_power(jnp.zeros(1))[0] < 1e-37
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
-def test_mean_range_is_the_official_one(bits: int) -> None:
-    g = golden("uniform_per_tensor")
+def test_mean_range_is_the_official_one(bits: int, golden) -> None:
+    g = golden("uniform_per_tensor_s0")
     state = search.range_init()
     for x in g["x"]:
         state = search.range_update(state, x)
@@ -63,15 +55,15 @@ def test_mean_range_is_the_official_one(bits: int) -> None:
     np.testing.assert_allclose(quantizer.fake_quant(g["x"]), g[f"out_b{bits}"], atol=1e-6)
 
 
-def test_mean_range_per_channel_is_the_official_one() -> None:
-    g = golden("cag")
+def test_mean_range_per_channel_is_the_official_one(golden) -> None:
+    g = golden("cag_s0")
     quantizer = search.search_range(list(g["x"]), int(g["bits"]), per_channel=True)
     np.testing.assert_allclose(quantizer.scale, g["scale"], rtol=1e-6)
     np.testing.assert_array_equal(quantizer.zero_point, g["zero_point"])
 
 
-def test_weight_search_is_the_official_one() -> None:
-    g = golden("uniform_per_channel_mse")
+def test_weight_search_is_the_official_one(golden) -> None:
+    g = golden("uniform_per_channel_mse_s0")
     found = search.search_weight_ranges(g["w"].T, int(g["bits"]))
     width = g["best_max"] - g["best_min"]
     assert np.all(np.abs(found.minimum - g["best_min"]) <= 1e-5 * width)
@@ -129,9 +121,9 @@ def test_weight_search_is_never_worse_than_minmax(seed: int, tail: float) -> Non
         assert losses[0] <= losses[1] * (1 + 1e-4)
 
 
-def test_uniform_search_is_no_worse_than_the_official_one() -> None:
+def test_uniform_search_is_no_worse_than_the_official_one(golden) -> None:
     # The official search stops at some local minimum; its own per-batch ranges follow from the running means.
-    g = golden("sign_avg_mse")
+    g = golden("sign_avg_mse_s0")
     bits = int(g["bits"])
     state = search.range_init()
     for i, x in enumerate(g["x"]):
@@ -147,9 +139,9 @@ def test_uniform_search_is_no_worse_than_the_official_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["hluq", "hluq_large"])
-def test_breakpoint_search_is_the_official_one(name: str) -> None:
+def test_breakpoint_search_is_the_official_one(name: str, golden) -> None:
     # Where the official quantizer has its defect, the reference is the official one on rescaled, unaffected data.
-    g = golden(name)
+    g = golden(f"{name}_s0")
     large = name == "hluq_large"
     np.testing.assert_allclose(search.hybrid_candidates(4), g["candidates"])
     found = search.search_hybrid_table(g["x"], g["weight"].T, int(g["bits"]))
@@ -163,8 +155,8 @@ def test_breakpoint_search_is_the_official_one(name: str) -> None:
         np.testing.assert_allclose(found.quantizer.fake_quant(g["x"][0]), g["out_quantizer_x0"], atol=1e-5)
 
 
-def test_streamed_breakpoint_search_equals_the_batched_one() -> None:
-    g = golden("hluq")
+def test_streamed_breakpoint_search_equals_the_batched_one(golden) -> None:
+    g = golden("hluq_s0")
     candidates = search.hybrid_candidates(4)
     state = search.hybrid_init(candidates)
     for i, x in enumerate(g["x"]):
@@ -205,17 +197,17 @@ def test_hybrid_beats_uniform_behind_gelu() -> None:
 
 
 @pytest.mark.parametrize("levels", [16, None])
-def test_softmax_search_chooses_the_official_tau(levels: int | None) -> None:
-    g = golden("agq")
+def test_softmax_search_chooses_the_official_tau(levels: int | None, golden) -> None:
+    g = golden("agq_s0")
     quantizer = search.search_softmax(g["attention"], g["value"], int(g["bits"]), levels).validate()
     assert quantizer.tau == g["tau"]
     assert float(quantizer.scale) == pytest.approx(float(g["scale"]), rel=0.01)
 
 
-def test_softmax_search_is_no_worse_than_the_official_one() -> None:
+def test_softmax_search_is_no_worse_than_the_official_one(golden) -> None:
     # With the official number of levels, whose errors these are. The loss has many dents: the official search may
     # end in one that falls between the points of the last grid, hence the 1e-4.
-    g = golden("agq")
+    g = golden("agq_s0")
     state = search.softmax_init()
     for i in range(3):
         one = search.softmax_update(search.softmax_init(), g["attention"][i], g["value"][i], 16)

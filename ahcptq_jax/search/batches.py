@@ -1,0 +1,21 @@
+"""Batches of calibration data, and how much of one a search looks at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import jax
+
+# A search over a whole tensor looks coarsely at this many of its values, and then finely at all of them.
+COARSE_ELEMENTS = 2**19
+
+
+def nonempty(batches: Iterable[jax.Array]) -> Iterable[jax.Array]:
+    """The batches that hold a value."""
+    return (x for x in batches if math.prod(x.shape))
+
+
+def no_batches() -> ValueError:
+    """The error of a search that was given nothing."""
+    return ValueError("calibration needs at least one batch with data, got none; pass calibration images")
