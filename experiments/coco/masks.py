@@ -1,7 +1,9 @@
-"""Masks as COCO writes them: polygons, run lengths and compressed run lengths."""
+"""Masks as COCO writes them: polygons, run lengths and compressed run lengths (RLE)."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as mask_utils
 
 from experiments.coco.values import is_integer, is_number
@@ -65,3 +67,23 @@ def run_lengths(segmentation: Any, width: int, height: int) -> dict[str, Any]:
     if isinstance(segmentation["counts"], list):
         return mask_utils.frPyObjects(segmentation, height, width)
     return segmentation
+
+
+def encode(masks: np.ndarray) -> list[str]:
+    """Compressed run lengths of masks (N, H, W) bool: the `counts` of each."""
+    columns = np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8))
+    return [rle["counts"].decode() for rle in mask_utils.encode(columns)]
+
+
+def decode(rles: Sequence[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
+    """Masks (N, H, W) bool of run lengths that all have this (height, width); N may be 0."""
+    if not rles:
+        return np.zeros((0, *size), bool)
+    return np.moveaxis(mask_utils.decode(list(rles)), -1, 0).astype(bool)
+
+
+def iou(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """IoU of two run-length masks; 1 if both are empty."""
+    if not mask_utils.area(first) and not mask_utils.area(second):
+        return 1.0
+    return float(mask_utils.iou([first], [second], [0])[0, 0])

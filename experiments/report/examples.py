@@ -3,9 +3,9 @@
 import dataclasses
 
 import numpy as np
-from pycocotools import mask as mask_utils
 
 from experiments.coco import BoxSet, CocoDataset
+from experiments.coco.masks import decode
 from experiments.evaluate import EvaluationResult, agreement_miou
 
 
@@ -74,7 +74,7 @@ def make_examples(
                 boxes=prompts.boxes[drawn],
                 fp_masks=fp.images[item.image_id].masks(list(drawn)),
                 quantized_masks=quantized.images[item.image_id].masks(list(drawn)),
-                gt_masks=np.stack([mask_utils.decode(rle).astype(bool) for rle in truth]) if truth else None,
+                gt_masks=decode(truth, (item.height, item.width)) if truth else None,
             )
         )
     return examples

@@ -24,6 +24,7 @@ import jax, numpy as np
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantize import quantize
 from experiments import coco, devices, evaluate
+from experiments.evaluate.journal import to_record
 from experiments.scenes import scene_dataset, to_coco
 from sam_flax import Sam, SamModel, SamPredictor
 from sam_flax.convert import convert
@@ -55,7 +56,7 @@ for name, model in models.items():
         devices.predictors(model), dataset, boxes, progress=None, partial_results=journal, model_fingerprint="x"
     )
     for kind, result in (("single", single), ("shared", shared), ("resumed", resumed)):
-        records = [evaluate._to_record(image) for image in result.images.values()]
+        records = [to_record(image) for image in result.images.values()]
         found[f"{name} {kind}"] = {"metrics": dict(result.metrics), "records": records, "resumed": result.resumed}
 with open(out, "w") as file:
     json.dump(found, file)

@@ -130,7 +130,7 @@ def test_chunks_do_not_change_the_result():
 
 
 def test_large_images_get_small_chunks(monkeypatch):
-    monkeypatch.setattr("experiments.evaluate._CHUNK_PIXELS", 96 * 128 * 9)
+    monkeypatch.setattr("experiments.evaluate.predictions._CHUNK_PIXELS", 96 * 128 * 9)
     dataset = make_dataset(images=1, objects=20)
     predictor = SpyPredictor()
     evaluate(predictor, dataset, annotated_boxes(dataset), progress=None)
