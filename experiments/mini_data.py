@@ -18,6 +18,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
+from experiments.coco.masks import run_lengths
 from experiments.mini_loss import Batch
 from experiments.scenes import TRAIN_SEED, make_scene
 from sam_flax.config import SamConfig
@@ -107,9 +108,7 @@ def load_photographs(images: Path, segments: Path, size: int) -> list[Photograph
         image = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)[..., ::-1]
         masks = []
         for annotation in by_image.get(record["id"], []):
-            rle = annotation["segmentation"]
-            if isinstance(rle, list):
-                rle = mask_utils.merge(mask_utils.frPyObjects(rle, record["height"], record["width"]))
+            rle = run_lengths(annotation["segmentation"], record["width"], record["height"])
             mask = cv2.resize(mask_utils.decode(rle), (width, height), interpolation=cv2.INTER_AREA)
             if mask.any():
                 masks.append(mask)

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from pycocotools import mask as mask_utils
 
+from experiments.coco.masks import encode
 from experiments.outlines import random_shape, rasterise
 from experiments.surfaces import appearance, background, photograph, pick_colour
 
@@ -245,8 +245,7 @@ def boxes_xywh(masks: np.ndarray) -> np.ndarray:
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """COCO run-length encoding of a mask (H, W), with `counts` as text so that it can be written as JSON."""
-    encoded = mask_utils.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+    return {"size": list(mask.shape), "counts": encode(mask[None])[0]}
 
 
 def to_coco(scenes: Iterable[Scene]) -> tuple[list[np.ndarray], dict[str, Any]]:
