@@ -18,7 +18,7 @@ from sam_flax.config import SamConfig
 from sam_flax.convert import convert_freeing
 from sam_flax.sam import Params, Sam
 from sam_flax.tensor_files import PathLike, file_kind, read_safetensors, write_whole
-from sam_flax.torch_pickle import read_torch_file
+from sam_flax.torch_archive import read_torch_file
 from sam_flax.trees import as_float, check_tree, flatten, nest
 
 MINI_WEIGHTS = Path(__file__).parent / "weights" / "mini.safetensors"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sam_flax.torch_pickle import LEGACY_MAGIC, is_torch_zip, read_torch_file, widen_bfloat16
+from sam_flax.torch_archive import LEGACY_MAGIC, is_torch_zip, read_torch_file, widen_bfloat16
 
 PathLike = str | os.PathLike[str]
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format

@@ -1,30 +1,17 @@
-"""Reads the tensors of a `torch.save` file without PyTorch, running nothing that the file asks for.
+"""Reads the pickle of a `torch.save` file, running nothing that it asks for.
 
-A `torch.save` file is a zip archive of stored (uncompressed) records: `<top>/data.pkl`, a pickle that
-describes the objects, and `<top>/data/<key>`, the raw bytes of each storage (torch/serialization.py). A
-pickle is a program for a small stack machine. `pickle.Unpickler` would import and call whatever that
-program names, and allocate whatever memo size it declares, so the machine is written out here: it knows
-only the opcodes that state dicts use, and every name it may meet stands for an inert marker.
+A pickle is a program for a small stack machine. `pickle.Unpickler` would import and call whatever that program names,
+and allocate whatever memo size it declares, so the machine is written out here: it knows only the opcodes that state
+dicts use, and every name it may meet stands for an inert marker.
 """
 
 import dataclasses
-import math
-import re
 import struct
-import zipfile
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
-# How torch.save began its files before PyTorch 1.6.
-LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
-MAX_PICKLE_BYTES = 8 << 20  # the pickle of SAM-H, names and shapes only, takes about 0.1 MB
 MAX_DIMS = 8
-
-_RESAVE = "re-save the model's state_dict with torch.save"
+RESAVE = "re-save the model's state_dict with torch.save"
 # bfloat16 has no NumPy type: it is read as its bits and widened to float32, which is exact.
 _STORAGE_DTYPES = {
     "FloatStorage": "f4",
@@ -44,8 +31,8 @@ _DTYPE_NAMES = (
 )
 
 
-class _Refused(Exception):
-    """A finding inside the file; `read_torch_file` turns it into the ValueError that names the file."""
+class Refused(Exception):
+    """A finding inside the file, to stand after its name: "holds ...; remedy", without a full stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +43,25 @@ class _Global:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class Storage:
+    """The bytes behind tensors, as the pickle declares them: a record's name, a NumPy type or "bfloat16", a length."""
+
     key: str
     dtype: str
     numel: int
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
-    storage: _Storage
+class Tensor:
+    """A view of a storage, in its elements; nothing of it has been held against the storage yet."""
+
+    storage: Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
 
-class _Inert:
+class Inert:
     """A harmless value that is not a tensor (a dtype, a size): kept so that its neighbours can be read."""
 
 
@@ -82,171 +73,36 @@ _ORDERED_DICT = _Global("collections.OrderedDict")
 _REBUILD_TENSOR = _Global("torch._utils._rebuild_tensor_v2")
 _REBUILD_PARAMETER = _Global("torch._utils._rebuild_parameter")
 _SIZE = _Global("torch.Size")
-_ALLOWED: dict[str, _Global | _Inert] = {
+_ALLOWED: dict[str, _Global | Inert] = {
     **{g.name: g for g in (_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, _SIZE)},
     **{f"torch.{name}": _Global(f"torch.{name}") for name in _STORAGE_DTYPES},
-    **{f"torch.{name}": _Inert() for name in _DTYPE_NAMES},
+    **{f"torch.{name}": Inert() for name in _DTYPE_NAMES},
 }
 
 
-def is_torch_zip(head: bytes) -> bool:
-    """Whether a file that starts with `head` is a zip archive."""
-    return head.startswith(b"PK\x03\x04")
-
-
-def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """The bits of bfloat16 numbers (uint16) -> the same numbers as float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def read_torch_file(path: Path) -> dict[str, np.ndarray]:
-    """Reads a state dict that `torch.save` wrote in its zip format.
-
-    A state dict inside `{"model": ...}`, `{"state_dict": ...}` or `{"model_state_dict": ...}` is found.
-
-    Args:
-        path: the file.
-
-    Returns:
-        name -> array in the file's dtype, bfloat16 widened to float32. Arrays may be read-only views.
+def interpret(data: bytes) -> Any:
+    """The value that a pickle describes, made of containers, numbers, text and the inert classes above.
 
     Raises:
-        ValueError: if the archive is damaged, names anything but tensors, or describes tensors out of bounds.
+        Refused: if it is damaged, or names anything but tensors.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _read_archive(archive, path.stat().st_size)
-    except _Refused as error:
-        raise ValueError(f"Checkpoint {path} {error}.") from None
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"Checkpoint {path} is a truncated or damaged zip archive ({error}); download or copy it again."
-        ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error, OverflowError) as error:
-        # zipfile reports damaged central directories through any of these.
-        raise ValueError(
-            f"Checkpoint {path} cannot be read as a zip archive ({_first_line(error)}); download or copy it again."
-        ) from None
-
-
-def _read_archive(archive: zipfile.ZipFile, file_size: int) -> dict[str, np.ndarray]:
-    records = _checked_records(archive, file_size)
-    pickles = [name for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
-    if len(pickles) != 1:
-        raise _Refused(
-            f"is a zip archive but not one that torch.save wrote (it holds {len(pickles)} data.pkl "
-            f"records, not 1); {_RESAVE}"
-        )
-    top = pickles[0].removesuffix("data.pkl")
-    info = records[pickles[0]]
-    if info.file_size > MAX_PICKLE_BYTES:
-        raise _Refused(
-            f"describes its tensors in {info.file_size} bytes, over the limit of {MAX_PICKLE_BYTES}; {_RESAVE}"
-        )
-    byteorder = records.get(f"{top}byteorder")
-    big_endian = byteorder is not None and archive.read(byteorder) == b"big"
-
-    described = _unwrap(_Machine(archive.read(info)).run())
-    storages: dict[_Storage, np.ndarray] = {}
-    arrays: dict[str, np.ndarray] = {}
-    for name, tensor in described.items():
-        if not isinstance(name, str):
-            raise _Refused(f"has a key of type {type(name).__name__} where a parameter name belongs; {_RESAVE}")
-        if not isinstance(tensor, _Tensor):
-            raise _Refused(
-                f"holds a {_kind(tensor)} under {name[:80]!r} where a tensor belongs; {_RESAVE} and nothing else"
-            )
-        if tensor.storage not in storages:
-            storages[tensor.storage] = _read_storage(archive, records, top, tensor.storage, big_endian)
-        arrays[name] = _view(name, tensor, storages[tensor.storage])
-    return arrays
-
-
-def _checked_records(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipInfo]:
-    """The archive's records by name, after the checks that bound what reading them can cost."""
-    records: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        if info.filename in records:
-            raise _Refused(f"holds the record {info.filename[:80]!r} twice; download it again or {_RESAVE}")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise _Refused(f"compresses its record {info.filename[:80]!r}, which torch.save never does; {_RESAVE}")
-        records[info.filename] = info
-    declared = sum(info.file_size for info in records.values())
-    if declared > file_size:
-        raise _Refused(
-            f"declares {declared} bytes of content in a file of {file_size} bytes; download it again or {_RESAVE}"
-        )
-    return records
-
-
-def _read_storage(
-    archive: zipfile.ZipFile,
-    records: dict[str, zipfile.ZipInfo],
-    top: str,
-    storage: _Storage,
-    big_endian: bool,
-) -> np.ndarray:
-    dtype = np.dtype((">" if big_endian else "<") + ("u2" if storage.dtype == "bfloat16" else storage.dtype))
-    info = records.get(f"{top}data/{storage.key}")
-    if info is None:
-        raise _Refused(f"lacks the data of storage {storage.key[:40]!r}; download or copy it again")
-    if info.file_size != storage.numel * dtype.itemsize:
-        raise _Refused(
-            f"holds {info.file_size} bytes for storage {storage.key[:40]!r} but declares {storage.numel} x "
-            f"{dtype.itemsize}; download or copy it again"
-        )
-    values = np.frombuffer(archive.read(info), dtype)
-    if storage.dtype == "bfloat16":
-        return widen_bfloat16(values)
-    return values.astype(dtype.newbyteorder("="), copy=False)
-
-
-def _view(name: str, tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
-    """The strided view that a tensor takes of its storage, bounds checked first."""
-    shape, stride = tensor.shape, tensor.stride
-    count = math.prod(shape)
-    last = tensor.offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    # An expanded tensor (stride 0) could declare any size in a few bytes; no parameter is one.
-    if count > storage.size or (count and last >= storage.size):
-        raise _Refused(
-            f"declares tensor {name[:80]!r} of shape {_short(shape)} outside its storage of {storage.size} "
-            "elements; download or copy it again"
-        )
-    if not count:
-        return np.zeros(shape, storage.dtype)
-    strides = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], shape, strides, writeable=False)
-
-
-def _unwrap(value: Any) -> dict[Any, Any]:
-    for _ in range(3):
-        if not isinstance(value, dict):
-            raise _Refused(f"holds a {_kind(value)} where a state dict belongs; {_RESAVE}")
-        inner = [value[k] for k in ("state_dict", "model_state_dict", "model") if isinstance(value.get(k), dict)]
-        if not inner:
-            break
-        value = inner[0]
-    if not value:
-        raise _Refused(f"holds an empty state dict; {_RESAVE}")
-    return value
-
-
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {_Tensor: "single tensor", _Storage: "storage", _Inert: "dtype or size"}
-    return names.get(type(value), type(value).__name__.lstrip("_"))
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(".")
+    return _Machine(data).run()
 
 
 def _damaged(what: str) -> NoReturn:
-    raise _Refused(f"has a damaged data.pkl ({what}); download or copy it again")
+    raise Refused(f"has a damaged data.pkl ({what}); download or copy it again")
+
+
+def kind_of(value: Any) -> str:
+    """What to call a value in a message."""
+    names: dict[type, str] = {Tensor: "single tensor", Storage: "storage", Inert: "dtype or size"}
+    return names.get(type(value), type(value).__name__.lstrip("_"))
+
+
+def short(value: object) -> str:
+    """A value as text of bounded length, for a message."""
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class _Machine:
@@ -266,9 +122,9 @@ class _Machine:
                 return self._pop()
             handler = _OPCODES.get(opcode)
             if handler is None:
-                raise _Refused(
+                raise Refused(
                     f"uses the pickle opcode {opcode!r} at byte {self._position - 1} of data.pkl, which "
-                    f"state dicts do not need; {_RESAVE}"
+                    f"state dicts do not need; {RESAVE}"
                 )
             handler(self)
 
@@ -371,9 +227,9 @@ class _Machine:
             _damaged("a key has no value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str | int):
-                _damaged(f"a dictionary key is a {_kind(key)}")
+                _damaged(f"a dictionary key is a {kind_of(key)}")
             if key in target:
-                raise _Refused(f"holds the key {str(key)[:80]!r} twice; {_RESAVE}")
+                raise Refused(f"holds the key {str(key)[:80]!r} twice; {RESAVE}")
             target[key] = value
 
     def global_name(self) -> None:
@@ -390,9 +246,9 @@ class _Machine:
         allowed = _ALLOWED.get(f"{module}.{name}")
         # The join is ambiguous ("torch" + "_utils.x"), but only into names that are inert anyway.
         if allowed is None:
-            raise _Refused(
+            raise Refused(
                 f"asks to load {f'{module}.{name}'[:80]!r}, which is not part of a tensor and may be "
-                f"harmful (nothing was run); get it from a source you trust and {_RESAVE}"
+                f"harmful (nothing was run); get it from a source you trust and {RESAVE}"
             )
         self.push(allowed)
 
@@ -401,7 +257,7 @@ class _Machine:
             case ("storage", _Global(name=name), str() as key, str(), int() as numel) if (
                 name.removeprefix("torch.") in _STORAGE_DTYPES and numel >= 0
             ):
-                self.push(_Storage(key, _STORAGE_DTYPES[name.removeprefix("torch.")], numel))
+                self.push(Storage(key, _STORAGE_DTYPES[name.removeprefix("torch.")], numel))
             case _:
                 _damaged("a storage is malformed")
 
@@ -410,13 +266,13 @@ class _Machine:
         if function is _ORDERED_DICT and args == ():
             self.push({})
         elif function is _SIZE:
-            self.push(_Inert())
-        elif function is _REBUILD_PARAMETER and isinstance(args, tuple) and args and type(args[0]) is _Tensor:
+            self.push(Inert())
+        elif function is _REBUILD_PARAMETER and isinstance(args, tuple) and args and type(args[0]) is Tensor:
             self.push(args[0])
         elif function is _REBUILD_TENSOR and isinstance(args, tuple) and len(args) >= 4:
             storage, offset, shape, stride = args[:4]
             if (
-                type(storage) is not _Storage
+                type(storage) is not Storage
                 or type(offset) is not int
                 or offset < 0
                 or not _is_sizes(shape)
@@ -424,7 +280,7 @@ class _Machine:
                 or len(shape) != len(stride)
             ):
                 _damaged("a tensor is malformed")
-            self.push(_Tensor(storage, offset, shape, stride))
+            self.push(Tensor(storage, offset, shape, stride))
         else:
             _damaged("a call is malformed")
 
