@@ -3,8 +3,9 @@
 import ctypes
 import platform
 
-# Of glibc's malloc.h, with the values that keep every page.
-_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
+# Of glibc's malloc.h, with the values that keep every page: none mapped apart, none trimmed, room at the top, and one
+# heap for all threads, whose freed memory any of them can take.
+_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 2**28), "M_ARENA_MAX": (-8, 1)}
 
 
 def keep_pages() -> bool:

@@ -27,6 +27,12 @@ from tqdm import tqdm
 from experiments.benchmark_rows import ROWS, Row
 from experiments.results import write_atomically, write_json
 
+# For PyTorch, what `allocator.keep_pages` is for ours: it would spend most of its time getting pages back.
+KEEP_PAGES = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "34359738368",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 NO_PUBLIC_PACKAGE = "No public PyTorch package has this function, so there is no ratio."
 
 
@@ -43,6 +49,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
+            env=os.environ | (KEEP_PAGES if torch else {}),
         )
 
     def __enter__(self) -> "Worker":

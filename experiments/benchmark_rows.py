@@ -303,6 +303,7 @@ def serve(name: str, torch: bool, toy: bool, requests: TextIO, answers: TextIO) 
 
 
 if __name__ == "__main__":
-    # As the command line does; PyTorch would spend most of its time getting pages back.
-    keep_pages()
+    if "torch" not in sys.argv[2:]:
+        # As the command line does.
+        keep_pages()
     serve(sys.argv[1], "torch" in sys.argv[2:], "toy" in sys.argv[2:], sys.stdin, sys.stdout)

@@ -16,7 +16,7 @@ MAX_ATTENTION_BYTES = 64 * 2**20
 # On a CPU parts of this size stay in the cache of a core, which makes them twice as fast; smaller maps are not split.
 CPU_PART_BYTES = 2 * 2**20
 CPU_WHOLE_BYTES = 8 * 2**20
-QUERY_CHUNK = 1024
+QUERY_CHUNK = 512
 
 
 def split_heads(qkv: jax.Array, bias: jax.Array, window: tuple[int, int], heads: int) -> jax.Array:
