@@ -111,6 +111,7 @@ def test_balanced_loss_weighs_object_and_background_alike() -> None:
     np.testing.assert_allclose(half_right, 0.5 * 30 * 4 / 5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_frozen_encoder_gets_no_gradient(params: dict, batch: mini_loss.Batch) -> None:
     def loss(p: dict, freeze: bool) -> jax.Array:
         return mini_loss.joint_loss(Sam(TINY), p, batch, mini_loss.LossWeights(), freeze)[0]
@@ -127,6 +128,7 @@ def _train(out: Path, pool_dir: Path, **kwargs) -> dict:
     return train_mini.train(out, TINY, schedule, SETTINGS, MIXTURES, 0, 6, pool_dir, [], eval_every=100, **kwargs)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_mini, "CURVE_SCENES", 2)
     whole = _train(tmp_path / "whole", tmp_path / "cache")
