@@ -1,13 +1,13 @@
 """Integer inference: every quantized linear and attention product on integer codes, as an accelerator would.
 
-`IntegerModel` runs a `Quantized` model with int32 accumulators in place of float32 sums (`products`): multiplications
-by powers of two are shifts, zero points are folded, channel groups have an accumulator each, and floating point
-appears only where an accumulator is rescaled. What depends on weights alone (the order of channels by group, sums of
-columns, the share of HLUQ's minimum in the bias) is computed where the weights are unpacked; an accelerator would have
-it done once.
+`integer_model` makes a `Quantized` model run with int32 accumulators in place of float32 sums (`products`):
+multiplications by powers of two are shifts, zero points are folded, channel groups have an accumulator each, and
+floating point appears only where an accumulator is rescaled. What depends on weights alone (the order of channels by
+group, sums of columns, the share of HLUQ's minimum in the bias) is computed where the weights are unpacked; an
+accelerator would have it done once.
 
-Up to 5 bits it equals `Quantized` bit for bit: the same codes at every site, the same masks. Above, each layer agrees
-to float32 rounding (`products` says why).
+Up to 5 bits it equals the model as it was, bit for bit: the same codes at every site, the same masks. Above, each
+layer agrees to float32 rounding (`products` says why).
 
 Widths of every intermediate in bits, two's complement from the accumulators on, for SAM-H at W4A4
 (`width_table(widths(VIT_H, W4A4))`): the worst case over all codes and over what calibration may choose. Products of
@@ -37,77 +37,33 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax
-
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.layers import ATTENTION_SITES, attends_on_codes, layer_on_codes
 from ahcptq_jax.products import octave_ranges
-from ahcptq_jax.quantized import Codes, Quantized
+from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.recipe import weight_path
 from sam_flax.config import SamConfig
-from sam_flax.sam import Points
 
 ACCUMULATOR_BITS = 32
 
 
-@dataclasses.dataclass(frozen=True)
-class IntegerModel:
-    """A quantized SAM on integer arithmetic, usable wherever `SamPredictor` takes a model.
+def integer_model(quantized: Quantized) -> Quantized:
+    """The model on integer arithmetic, usable wherever the given one is.
 
     Raises:
         ValueError: if a quantizer has no integer product, such as one with a scale for every channel.
     """
-
-    quantized: Quantized
-
-    def __post_init__(self) -> None:
-        activations = self.quantized.activations
-        for layer, weight in self.quantized.weights.items():
-            if not layer_on_codes(activations.get(f"{layer}/input"), weight.shape):
-                raise ValueError(f"The input of {layer} is not quantized so that its product is one of integers.")
-        for site in activations:
-            parent, _, name = site.rpartition("/")
-            sites = {n: activations[f"{parent}/{n}"] for n in ATTENTION_SITES if f"{parent}/{n}" in activations}
-            own_layer = weight_path(site)
-            if own_layer not in self.quantized.weights if own_layer else not attends_on_codes(sites):
-                raise ValueError(f"Site {site} is quantized in a way that has no integer product.")
-
-    @property
-    def config(self) -> SamConfig:
-        """The model's configuration."""
-        return self.quantized.config
-
-    def encode_image(self, images: jax.Array) -> jax.Array:
-        """Images (B, S, S, 3), normalised and padded -> embeddings (B, g, g, C)."""
-        return self.encode_with_codes(images, record=False)[0]
-
-    def encode_with_codes(self, images: jax.Array, record: bool = True) -> tuple[jax.Array, Codes]:
-        """`encode_image`, and the codes at every site."""
-        return self.quantized.encode_with_codes(images, "int32", record)
-
-    def decode(
-        self,
-        image_embeddings: jax.Array,
-        points: Points | None = None,
-        boxes: jax.Array | None = None,
-        masks: jax.Array | None = None,
-        multimask_output: bool = True,
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `sam_flax.Sam.decode`."""
-        return self.decode_with_codes(image_embeddings, points, boxes, masks, multimask_output, record=False)[0]
-
-    def decode_with_codes(
-        self,
-        image_embeddings: jax.Array,
-        points: Points | None = None,
-        boxes: jax.Array | None = None,
-        masks: jax.Array | None = None,
-        multimask_output: bool = True,
-        record: bool = True,
-    ) -> tuple[tuple[jax.Array, jax.Array], Codes]:
-        """`decode`, and the codes at every site."""
-        prompts = (image_embeddings, points, boxes, masks)
-        return self.quantized.decode_with_codes(*prompts, multimask_output, "int32", record)
+    activations = quantized.activations
+    for layer, weight in quantized.weights.items():
+        if not layer_on_codes(activations.get(f"{layer}/input"), weight.shape):
+            raise ValueError(f"The input of {layer} is not quantized so that its product is one of integers.")
+    for site in activations:
+        parent, _, name = site.rpartition("/")
+        sites = {n: activations[f"{parent}/{n}"] for n in ATTENTION_SITES if f"{parent}/{n}" in activations}
+        own_layer = weight_path(site)
+        if own_layer not in quantized.weights if own_layer else not attends_on_codes(sites):
+            raise ValueError(f"Site {site} is quantized in a way that has no integer product.")
+    return dataclasses.replace(quantized, carrier="int32")
 
 
 class Width(NamedTuple):

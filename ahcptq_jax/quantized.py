@@ -118,7 +118,7 @@ def _apply_decode(
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "weights", "activations"],
-    meta_fields=["sam", "quant_config"],
+    meta_fields=["sam", "quant_config", "carrier"],
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -130,6 +130,7 @@ class Quantized:
         activations: site path -> quantizer, e.g. "image_encoder/blocks_0/attn/softmax".
         sam: the module; static.
         quant_config: what it was quantized with; static.
+        carrier: what carries the sums over codes, see `products` and `integer.integer_model`; static, not saved.
     """
 
     params: Params
@@ -137,6 +138,7 @@ class Quantized:
     activations: dict[str, Quantizer]
     sam: Sam
     quant_config: QuantConfig
+    carrier: Carrier = "float32"
 
     @property
     def config(self) -> SamConfig:
@@ -150,14 +152,11 @@ class Quantized:
         """
         return self.encode_with_codes(images, record=False)[0]
 
-    def encode_with_codes(
-        self, images: jax.Array, carrier: Carrier = "float32", record: bool = True
-    ) -> tuple[jax.Array, Codes]:
+    def encode_with_codes(self, images: jax.Array, record: bool = True) -> tuple[jax.Array, Codes]:
         """`encode_image`, and the codes at every quantized site.
 
         Args:
             images: as for `encode_image`.
-            carrier: what carries the sums over codes, see `ahcptq_jax.products`.
             record: False returns no codes.
         """
         check_canvas(images, self.config)
@@ -168,7 +167,7 @@ class Quantized:
         for key, module in encoder_stages(self.config):
             prefix = f"image_encoder/{key}/"
             weights, activations = below(prefix, self.weights), below(prefix, self.activations)
-            x, codes = _apply_stage(module, encoder.get(key, {}), weights, activations, x, carrier, record)
+            x, codes = _apply_stage(module, encoder.get(key, {}), weights, activations, x, self.carrier, record)
             found |= {prefix + site: value for site, value in codes.items()}
         return x, found
 
@@ -190,7 +189,6 @@ class Quantized:
         boxes: jax.Array | None = None,
         masks: jax.Array | None = None,
         multimask_output: bool = True,
-        carrier: Carrier = "float32",
         record: bool = True,
     ) -> tuple[tuple[jax.Array, jax.Array], Codes]:
         """`decode`, and the codes at every quantized site; arguments as in `encode_with_codes`."""
@@ -198,7 +196,7 @@ class Quantized:
         weights = {k: v for k, v in self.weights.items() if k.startswith("mask_decoder/")}
         activations = {k: v for k, v in self.activations.items() if k.startswith("mask_decoder/")}
         prompts = (image_embeddings, points, boxes, masks)
-        return _apply_decode(self.sam, params, weights, activations, prompts, multimask_output, carrier, record)
+        return _apply_decode(self.sam, params, weights, activations, prompts, multimask_output, self.carrier, record)
 
     def float_params(self) -> Params:
         """All parameters in floating point, quantized weights decoded."""

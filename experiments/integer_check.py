@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 import ahcptq_jax
 from ahcptq_jax import Quantized
-from ahcptq_jax.integer import IntegerModel
+from ahcptq_jax.integer import integer_model
 from ahcptq_jax.quantize import quantize_model
 from experiments import coco
-from experiments.footprint import random_quantized
+from experiments.made_up import random_quantized
 from experiments.main import calibration_set, evaluation_set, use_compilation_cache
 from experiments.options import Options
 from sam_flax import CONFIGS, Sam, load_sam, preprocessing
@@ -54,7 +54,7 @@ def compare(quantized: Quantized, canvas: jax.Array, boxes: jax.Array, counts: C
 
     `plain` runs the programs that return no codes, too: they are compiled apart, and what a user runs.
     """
-    whole = IntegerModel(quantized)
+    whole = integer_model(quantized)
     first, codes = quantized.encode_with_codes(canvas)
     second, integer_codes = whole.encode_with_codes(canvas)
     sites = [(codes.pop(site), integer_codes.pop(site)) for site in list(codes)]

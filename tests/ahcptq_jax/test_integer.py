@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ahcptq_jax import QuantConfig, integer, quantized
-from ahcptq_jax.integer import IntegerModel, width_table, widths
+from ahcptq_jax.integer import integer_model, width_table, widths
 from ahcptq_jax.layers import intercept_quantized
 from ahcptq_jax.quantized import QuantizedWeight
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
@@ -28,7 +28,7 @@ def picture(config, seed=7):
 
 
 def test_every_code_and_every_logit_is_equal(tiny_quantized):
-    whole = IntegerModel(tiny_quantized)
+    whole = integer_model(tiny_quantized)
     image = picture(tiny_quantized.config)
     embeddings, codes = tiny_quantized.encode_with_codes(image)
     integer_embeddings, integer_codes = whole.encode_with_codes(image)
@@ -134,7 +134,7 @@ def test_float_products_are_whole_on_every_device(sam_b_block):
 def test_the_predictor_takes_it(tiny_quantized):
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     answers = []
-    for model in (tiny_quantized, IntegerModel(tiny_quantized)):
+    for model in (tiny_quantized, integer_model(tiny_quantized)):
         predictor = SamPredictor(model)
         predictor.set_image(image)
         answers.append(predictor.predict(box=np.array([5, 5, 50, 50]), multimask_output=False))
@@ -146,14 +146,14 @@ def test_what_has_no_integer_product_is_refused_and_runs_in_floating_point(tiny_
     channels = tiny_quantized.activations[site].per_channel()
     other = dataclasses.replace(tiny_quantized, activations=tiny_quantized.activations | {site: channels})
     with pytest.raises(ValueError, match="The input of image_encoder/blocks_0/mlp/lin1 is not quantized so"):
-        IntegerModel(other)
+        integer_model(other)
     image = picture(other.config)
     # The same quantization with a product of floats.
     difference = jnp.abs(other.encode_image(image) - tiny_quantized.encode_image(image))
     assert float(difference.mean()) < 2e-3 * float(jnp.abs(tiny_quantized.encode_image(image)).mean())
     rest = {k: v for k, v in tiny_quantized.activations.items() if k != "image_encoder/blocks_0/attn/softmax"}
     with pytest.raises(ValueError, match="Site image_encoder/blocks_0/attn/k is quantized in a way"):
-        IntegerModel(dataclasses.replace(tiny_quantized, activations=rest))
+        integer_model(dataclasses.replace(tiny_quantized, activations=rest))
 
 
 # --- Widths -----------------------------------------------------------------------------------------------------------
