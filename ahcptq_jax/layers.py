@@ -109,10 +109,6 @@ def _encoder_attention(
     h, w = (module.size, module.size) if module.windowed else grid
     values = image_encoder.split_heads(module.qkv.product(x), module.qkv.bias, (h, w), module.num_heads)
     q, k, v = (_encode(f"{path}/{name}", sites[name], a, note) for name, a in zip("qkv", values, strict=True))
-    groups, n, _ = q.shape
-    q_grid = sites["q"].decode(q).reshape(groups, h, w, -1)
-    bias_h = jnp.einsum("ghwc,hkc->ghwk", q_grid, image_encoder.relative_positions(module.rel_pos_h, h))
-    bias_w = jnp.einsum("ghwc,wkc->ghwk", q_grid, image_encoder.relative_positions(module.rel_pos_w, w))
 
     def attend(part: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         q, k, v, *biases = part
@@ -120,7 +116,7 @@ def _encoder_attention(
         # One byte each: all maps of a block together can be large.
         return (out, codes.astype(jnp.uint8)) if note else (out,)
 
-    biases = bias_h.reshape(groups, n, h), bias_w.reshape(groups, n, w)
+    biases = image_encoder.relative_biases(sites["q"].decode(q), module.rel_pos_h, module.rel_pos_w, (h, w))
     out, *codes = image_encoder.attend_in_parts(attend, q, k, v, *biases)
     if note:
         note(f"{path}/softmax", codes[0])

@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sam_flax.config import SamConfig
 from sam_flax.layers import Conv, Linear, MLPBlock, PatchConv, Site, layer_norm
@@ -16,21 +15,27 @@ MAX_ATTENTION_BYTES = 64 * 2**20
 # On a CPU parts of this size stay in the cache of a core, which makes them twice as fast; smaller maps are not split.
 CPU_PART_BYTES = 2 * 2**20
 CPU_WHOLE_BYTES = 8 * 2**20
-QUERY_CHUNK = 512
+QUERY_CHUNK = 256
 
 
-def split_heads(qkv: jax.Array, bias: jax.Array, window: tuple[int, int], heads: int) -> jax.Array:
-    """Products of the qkv projection (B, H, W, 3*D) -> (3, B*windows*heads, h*w, D/heads), the bias (3*D,) added.
+def split_heads(
+    qkv: jax.Array, bias: jax.Array, window: tuple[int, int], heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Products of the qkv projection (B, H, W, 3*D) -> three (B*windows*heads, h*w, D/heads), the bias (3*D,) added.
 
-    Windows of (h, w) tokens, zero-padded before the bias; all in one transposition.
+    Windows of (h, w) tokens, zero-padded before the bias; each of the three in one transposition.
     """
     b, height, width, _ = qkv.shape
     h, w = window
-    qkv = jnp.pad(qkv, ((0, 0), (0, -height % h), (0, -width % w), (0, 0)))
-    rows, cols = qkv.shape[1] // h, qkv.shape[2] // w
-    qkv = qkv.reshape(b, rows, h, cols, w, 3, heads, -1).transpose(5, 0, 1, 3, 6, 2, 4, 7)
-    qkv = qkv + bias.reshape(3, 1, 1, 1, heads, 1, 1, -1)
-    return qkv.reshape(3, b * rows * cols * heads, h * w, -1)
+    rows, cols = -(-height // h), -(-width // w)
+
+    def split(part: jax.Array, bias: jax.Array) -> jax.Array:
+        part = jnp.pad(part, ((0, 0), (0, -height % h), (0, -width % w), (0, 0)))
+        part = part.reshape(b, rows, h, cols, w, heads, -1).transpose(0, 1, 3, 5, 2, 4, 6)
+        return (part + bias.reshape(heads, 1, 1, -1)).reshape(b * rows * cols * heads, h * w, -1)
+
+    q, k, v = (split(*both) for both in zip(jnp.split(qkv, 3, axis=-1), jnp.split(bias, 3), strict=True))
+    return q, k, v
 
 
 def window_unpartition(windows: jax.Array, hw: tuple[int, int]) -> jax.Array:
@@ -42,16 +47,41 @@ def window_unpartition(windows: jax.Array, hw: tuple[int, int]) -> jax.Array:
     return x.reshape(-1, rows * height, cols * width, c)[:, :h, :w]
 
 
-def relative_positions(table: jax.Array, size: int) -> jax.Array:
-    """(2*size-1, C) table of relative positions -> (size, size, C): entry [i, j] belongs to offset i - j."""
-    if len(table) != 2 * size - 1:
-        # Indexing would clamp or shift silently.
+def relative_scores(q: jax.Array, table: jax.Array) -> jax.Array:
+    """Products of queries with the relative positions of all keys on their line.
+
+    One product with the table and a shift: a matrix of positions for every query would make small, slow products.
+
+    Args:
+        q: (..., n, C) queries of lines of n tokens.
+        table: (2*n-1, C); entry i - j + n - 1 belongs to query i and key j.
+
+    Returns:
+        (..., n, n).
+
+    Raises:
+        ValueError: if the table is for another n.
+    """
+    n = q.shape[-2]
+    if len(table) != 2 * n - 1:
         raise ValueError(
             f"A table of {len(table)} relative positions is for a grid {(len(table) + 1) // 2} tokens wide, "
-            f"not {size}; apply the block to the grid that it was made for."
+            f"not {n}; apply the block to the grid that it was made for."
         )
-    offsets = np.arange(size)[:, None] - np.arange(size)[None, :] + size - 1
-    return table[offsets]
+    # (..., n, 2n): what is for key j of query i lies at column n - 1 - i + j. Rows that are one shorter undo the -i.
+    products = q @ jnp.pad(table[::-1], ((0, 1), (0, 0))).T
+    lines = products.reshape(*q.shape[:-2], 2 * n * n)[..., n - 1 : 2 * n * n - 1]
+    return lines.reshape(*q.shape[:-1], 2 * n - 1)[..., :n]
+
+
+def relative_biases(
+    q: jax.Array, table_h: jax.Array, table_w: jax.Array, hw: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """Biases of queries (G, H*W, C) on the rows and columns of keys: (G, H*W, H), (G, H*W, W)."""
+    groups, n, _ = q.shape
+    grid = q.reshape(groups, *hw, -1)
+    bias_h = relative_scores(grid.swapaxes(1, 2), table_h).swapaxes(1, 2)
+    return bias_h.reshape(groups, n, -1), relative_scores(grid, table_w).reshape(groups, n, -1)
 
 
 def attention_probabilities(q: jax.Array, k: jax.Array, bias_h: jax.Array, bias_w: jax.Array) -> jax.Array:
@@ -59,10 +89,20 @@ def attention_probabilities(q: jax.Array, k: jax.Array, bias_h: jax.Array, bias_
 
     Shapes as in `attention`: (..., M, d), (..., N, d), (..., M, H), (..., M, W) -> (..., M, N).
     """
+    weights, total = attention_weights(q, k, bias_h, bias_w)
+    return weights / total
+
+
+def attention_weights(q: jax.Array, k: jax.Array, bias_h: jax.Array, bias_w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`attention_probabilities` before their division: (..., M, N), and what to divide by, (..., M, 1)."""
     scores = q @ jnp.swapaxes(k, -1, -2)
     grid = scores.reshape(*scores.shape[:-1], bias_h.shape[-1], bias_w.shape[-1])
     grid = grid + bias_h[..., :, None] + bias_w[..., None, :]
-    return nn.softmax(grid.reshape(scores.shape))
+    largest = jax.lax.stop_gradient(jnp.max(grid, axis=(-2, -1), keepdims=True))
+    weights = jnp.exp(grid - largest)
+    # Summed over rows first, which XLA's CPU code does many columns at a time; it would join the two sums to one.
+    columns = jax.lax.optimization_barrier(jnp.sum(weights, axis=-2))
+    return weights.reshape(scores.shape), jnp.sum(columns, axis=-1, keepdims=True)
 
 
 def attention(
@@ -89,7 +129,12 @@ def attention(
 
     def attend(part: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v, bh, bw = part
-        return softmax_site(attention_probabilities(q, k, bh, bw)) @ v
+        weights, total = attention_weights(q, k, bh, bw)
+        probabilities = weights / total
+        seen = softmax_site(probabilities)
+        if seen is probabilities:  # as they were: to divide the few products is less work
+            return (weights @ v) / total
+        return seen @ v
 
     return attend_in_parts(attend, q, k, v, bias_h, bias_w)
 
@@ -167,11 +212,7 @@ class Attention(nn.Module):
         h, w = (self.size, self.size) if self.windowed else grid
         q, k, v = split_heads(self.qkv.product(x), self.qkv.bias, (h, w), self.num_heads)
         q, k, v = self.q(q), self.k(k), self.v(v)
-        groups, n, _ = q.shape
-        q_grid = q.reshape(groups, h, w, -1)
-        bias_h = jnp.einsum("ghwc,hkc->ghwk", q_grid, relative_positions(self.rel_pos_h, h))
-        bias_w = jnp.einsum("ghwc,wkc->ghwk", q_grid, relative_positions(self.rel_pos_w, w))
-        biases = bias_h.reshape(groups, n, h), bias_w.reshape(groups, n, w)
+        biases = relative_biases(q, self.rel_pos_h, self.rel_pos_w, (h, w))
         operands = self.operands((q * q.shape[-1] ** -0.5, k, v, *biases))
         out = attention(*operands, self.softmax)
         out = out.reshape(-1, self.num_heads, h, w, out.shape[-1]).transpose(0, 2, 3, 1, 4)

@@ -18,7 +18,7 @@ from sam_flax.image_encoder import (
     PatchEmbed,
     attention,
     make_block,
-    relative_positions,
+    relative_scores,
     split_heads,
     window_unpartition,
 )
@@ -289,9 +289,13 @@ def test_attention_equals_the_formula_in_float64():
         jax.eval_shape(module.apply, {"params": params}, x[:, :3])
 
 
-def test_relative_positions_are_row_minus_column():
-    table = jnp.arange(5.0)[:, None]  # offsets -2..2
-    assert relative_positions(table, 3)[..., 0].tolist() == [[2, 1, 0], [3, 2, 1], [4, 3, 2]]
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_relative_positions_are_query_minus_key(n):
+    rng = np.random.default_rng(n)
+    q, table = rng.integers(-9, 9, (2, 3, n, 5)), rng.integers(-9, 9, (2 * n - 1, 5))
+    got = relative_scores(jnp.asarray(q, jnp.float32), jnp.asarray(table, jnp.float32))
+    for i, j in np.ndindex(n, n):
+        np.testing.assert_array_equal(got[:, :, i, j], q[:, :, i] @ table[i - j + n - 1])
 
 
 @pytest.mark.parametrize(("h", "w", "window"), [(8, 8, 3), (64, 64, 14), (5, 7, 4), (6, 6, 3), (2, 2, 5)])
