@@ -21,7 +21,7 @@ METRICS = ("paper", "normalized", "range")
 _SEED = 0
 # (rank by removal cost, rank by inertia) of the centre to take away and of the cluster to split, tried in turn.
 _SWAPS = np.array([(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (2, 1), (1, 2)], np.int32)
-_SWAP_ROUNDS = 20
+_SWAP_ROUNDS = 4
 _SWAP_LLOYD_STEPS = 1
 _LLOYD_STEPS = 6
 _FEW_POINTS = 96
