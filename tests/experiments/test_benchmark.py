@@ -109,6 +109,7 @@ def product_flops(jaxpr: Any) -> float:
     return total
 
 
+@pytest.mark.usefixtures("positions_by_definition")
 @pytest.mark.parametrize("config", [MINI, dataclasses.replace(VIT_B, depth=1, img_size=448, global_attn_indexes=())])
 def test_products_are_counted(config: Any) -> None:
     sam = Sam(config)

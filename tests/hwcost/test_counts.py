@@ -75,6 +75,7 @@ def compare_with_xla(config: SamConfig, monkeypatch: pytest.MonkeyPatch) -> dict
     }
 
 
+@pytest.mark.usefixtures("positions_by_definition")
 @pytest.mark.parametrize("config", [SMALL, MINI], ids=["vit_b of depth 2", "mini"])
 def test_macs_are_those_of_our_own_forward(config: SamConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = compare_with_xla(config, monkeypatch)
@@ -85,6 +86,7 @@ def test_macs_are_those_of_our_own_forward(config: SamConfig, monkeypatch: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("positions_by_definition")
 @pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
 def test_macs_of_the_official_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = compare_with_xla(CONFIGS[name], monkeypatch)
