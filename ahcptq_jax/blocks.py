@@ -1,8 +1,8 @@
 """The units that reconstruction works on, one after the other, and what flows into and out of them.
 
-A unit is an attention part or an MLP part of an encoder block (norm and residual included), the neck, or an attention
-or the MLP of a decoder layer. It is run as a function of its own parameters, so units of one shape are the same
-function and share a compilation.
+A unit is an attention part or an MLP part of an encoder block (norm and residual included) or, by choice, the block
+whole; the neck; or an attention or the MLP of a decoder layer. It is run as a function of its own parameters, so units
+of one shape are the same function and share a compilation.
 """
 
 import dataclasses
@@ -28,7 +28,9 @@ V = TypeVar("V")
 Args = tuple[np.ndarray, ...]
 
 # What can be reconstructed, in forward order.
-PARTS = ("encoder_attention", "encoder_mlp", "neck", "decoder_attention", "decoder_mlp")
+PARTS = ("encoder_attention", "encoder_mlp", "encoder_block", "neck", "decoder_attention", "decoder_mlp")
+# Whether attention and MLP of an encoder block are units of their own, as in the paper, or one.
+GRANULARITIES = ("part", "block")
 
 _TRANSFORMER = "mask_decoder/transformer"
 
@@ -71,13 +73,16 @@ class Unit:
         return {path: v for path, v in inside.items() if not self.members or path.split("/")[0] in self.members}
 
 
-def encoder_units(sam: Sam) -> list[Unit]:
-    """The image encoder's units in forward order."""
+def encoder_units(sam: Sam, granularity: str = "part") -> list[Unit]:
+    """The image encoder's units in forward order; `granularity` is one of `GRANULARITIES`."""
     units = []
     for key, module in encoder_stages(sam.config):
         prefix = f"image_encoder/{key}/"
         if key == "neck":
             units.append(Unit(prefix.rstrip("/"), prefix, (), Operation(module), "neck", loss_axis=-1))
+            continue
+        if granularity == "block":
+            units.append(Unit(prefix.rstrip("/"), prefix, (), Operation(module), "encoder_block"))
             continue
         attention = Operation(module, "attention_part")
         # The MLP does not know of windows: the MLPs of all blocks are one function.

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from ahcptq_jax import adaround, grouping
-from ahcptq_jax.blocks import PARTS, Operation
+from ahcptq_jax.blocks import GRANULARITIES, PARTS, Operation
 from ahcptq_jax.quantized import QuantizedWeight
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform, fake_quant_lsq
 from ahcptq_jax.quantizers.base import MIN_SCALE
@@ -68,6 +68,8 @@ class ReconstructionConfig:
     # passes unquantized, drawn elementwise.
     input_drop: float = 0.5
     activation_drop: float = 0.5
+    granularity: str = "part"  # what is learned together in the encoder: a part of a block, or "block"
+    loss_power: float = 2.0  # of the errors of a unit's output; 2 is the paper's
     rounding_weight: float = 0.01  # of the regularizer, once warm
     warmup: float = 0.2  # share of iterations without regularizer
     beta_start: float = 20.0  # the regularizer's exponent, decaying linearly after the warm-up
@@ -92,6 +94,10 @@ class ReconstructionConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0..1.")
         if not 1 <= self.beta_end <= self.beta_start:
             raise ValueError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must fall, to 1 at least.")
+        if not 1 <= self.loss_power < math.inf:
+            raise ValueError(f"loss_power={self.loss_power} must be a finite number of at least 1.")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity={self.granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}.")
         if unknown := sorted(set(self.parts) - set(PARTS)):
             raise ValueError(f"parts has {unknown[0]!r}; choose of {', '.join(PARTS)}.")
 
@@ -308,7 +314,11 @@ def advance(
         handler = _dropping(_with_scales(quantizers, scales), seeds[len(inputs) :], config.activation_drop)
         with intercept_sites(handler):
             output = operation(params, *args)
-        error = jnp.mean(jnp.sum(jnp.square(output - target), axis=loss_axis))
+        difference = jnp.square(output - target)
+        if config.loss_power != 2:
+            # The power of a square: its gradient at 0 is a number, once it is kept off 0.
+            difference = jnp.power(difference + 1e-12, config.loss_power / 2)
+        error = jnp.mean(jnp.sum(difference, axis=loss_axis))
         done = step + 1
         beta = adaround.temperature(done, config.iterations, config.warmup, config.beta_start, config.beta_end)
         warm = done >= config.warmup * config.iterations

@@ -142,7 +142,7 @@ def reconstruct(
     run.identity = checkpoints.fingerprint(
         _FORMAT, config.result_settings(), target, params, quantized, list(images), list(boxes)
     )
-    units = encoder_units(sam) + decoder_units(sam)
+    units = encoder_units(sam, config.granularity) + decoder_units(sam)
     total = config.iterations * sum(unit.part in config.parts for unit in units)
     with tqdm(total=total, desc="reconstruct", disable=not progress, mininterval=1) as run.bar:
         original, current = _reconstruct_encoder(run, sam, images)
@@ -277,7 +277,7 @@ def _reconstruct_encoder(run: _Run, sam: Sam, images: Sequence[np.ndarray]) -> t
     gather = partial(run.gather, count=len(images), share=1 / 6)
     (original,) = gather((embed(jnp.asarray(image[None])),) for image in images)
     current = original
-    for unit in encoder_units(sam):
+    for unit in encoder_units(sam, run.config.granularity):
         (output,) = gather((row,) for row in map(run.original(unit), _rows((original,))))
         report = run.load(unit)
         if report is None:

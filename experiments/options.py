@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 from absl import flags
 
+from ahcptq_jax.blocks import GRANULARITIES
 from ahcptq_jax.config import METHODS, QuantConfig
 from ahcptq_jax.grouping import METRICS
 from ahcptq_jax.learning import ReconstructionConfig
@@ -44,6 +45,8 @@ class Options:
     iterations: int = 0
     rounding_rate: float | None = None
     scale_rate: float | None = None
+    granularity: str = "part"
+    loss_power: float = 2.0
     harder: float = 0.0
     precision: Precision = "float32"
     num_calib: int = 32
@@ -98,6 +101,8 @@ class Options:
             iterations=self.iterations,
             rounding_rate=self.rounding_rate,
             scale_rate=self.scale_rate,
+            granularity=self.granularity,
+            loss_power=self.loss_power,
             seed=self.seed,
         )
 
@@ -137,6 +142,10 @@ def define_flags() -> None:
     )
     flags.DEFINE_float("rounding_rate", d.rounding_rate, "Learning rate of the rounding; default: by the iterations.")
     flags.DEFINE_float("scale_rate", d.scale_rate, "Learning rate of activation scales; default: by the iterations.")
+    flags.DEFINE_enum(
+        "granularity", d.granularity, list(GRANULARITIES), "Reconstruction: parts of encoder blocks, or blocks whole."
+    )
+    flags.DEFINE_float("loss_power", d.loss_power, "Reconstruction: power of the errors of outputs; the paper's is 2.")
     flags.DEFINE_float(
         "harder", d.harder, "Strength 0 to 4 of a change to the model that computes the same and quantizes worse."
     )

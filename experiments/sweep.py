@@ -35,6 +35,8 @@ NUMBERS: dict[str, type] = {
     "iterations": int,
     "rounding_rate": float,
     "scale_rate": float,
+    "granularity": str,
+    "loss_power": float,
     "harder": float,
 }
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mIoU", "agreement_mIoU")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from ahcptq_jax import blocks, checkpoints, learning
 from ahcptq_jax import reconstruct as job
-from ahcptq_jax.blocks import PARTS, decoder_units, encoder_units, run_unit
+from ahcptq_jax.blocks import GRANULARITIES, PARTS, decoder_units, encoder_units, run_unit
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.learning import ReconstructionConfig
 from ahcptq_jax.quantized import Quantized, QuantizedWeight
@@ -168,15 +169,18 @@ def test_blocks_of_one_kind_are_one_operation():
     assert len(units) == 2 * VIT_B.depth + 1
     # Windowed attention, global attention, MLP, neck.
     assert len({unit.operation for unit in units}) == 4
+    whole = encoder_units(Sam(VIT_B), "block")
+    assert len(whole) == VIT_B.depth + 1 and len({unit.operation for unit in whole}) == 3
     units = decoder_units(Sam(VIT_B))
     assert len(units) == 2 * 4 + 1
     assert len({unit.operation for unit in units}) == 3
 
 
-def test_units_in_turn_are_the_encoder(sam, params, images):
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_units_in_turn_are_the_encoder(sam, params, images, granularity):
     x = sam.apply({"params": params}, images[0][None], method=lambda m, i: m.image_encoder.patch_embed(i))
     x = x + params["image_encoder"]["pos_embed"]
-    for unit in encoder_units(sam):
+    for unit in encoder_units(sam, granularity):
         x = run_unit(unit.operation, unflatten(unit.own(flatten(params))), {}, {}, (x,))
     expected = jax.jit(lambda p, i: sam.apply({"params": p}, i, method="encode_image"))(params, images[0][None])
     np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
@@ -214,7 +218,8 @@ def test_signs_of_big_are_found_again(params, calibrated):
 def test_every_unit_is_done_in_forward_order(sam, finished):
     names = [report.name for report in finished[1]]
     assert names == [unit.name for unit in encoder_units(sam) + decoder_units(sam)]
-    assert {unit.part for unit in encoder_units(sam) + decoder_units(sam)} == set(PARTS)
+    units = encoder_units(sam) + encoder_units(sam, "block") + decoder_units(sam)
+    assert {unit.part for unit in units} == set(PARTS)
 
 
 def test_every_layer_is_hard_and_nothing_is_random(finished, images, boxes):
@@ -268,11 +273,12 @@ def test_each_shape_is_compiled_once(finished, compilations):
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 
-def test_loss_is_the_papers(sam, params, calibrated):
+@pytest.mark.parametrize("power", [2.0, 3.0])  # the paper's, and another
+def test_loss_is_the_papers(sam, params, calibrated, power):
     """Without drops, learning rates of zero and no regularizer: the soft weights are the weights themselves."""
     unit = next(u for u in encoder_units(sam) if u.part == "encoder_mlp")
     config = ReconstructionConfig(
-        iterations=10, rounding_rate=0, scale_rate=0, input_drop=0, activation_drop=1, warmup=1
+        iterations=10, rounding_rate=0, scale_rate=0, input_drop=0, activation_drop=1, warmup=1, loss_power=power
     )
     flat = unit.own(flatten(params))
     for layer, weight in unit.own(calibrated.weights).items():
@@ -284,7 +290,7 @@ def test_loss_is_the_papers(sam, params, calibrated):
     x, target = np.random.default_rng(0).normal(size=(2, 1, 1, 4, 4, 16)).astype(np.float32)
     store = ((x,), (x + 1,), target)
     output = run_unit(unit.operation, own, {}, {}, (x[0],))
-    expected = np.square(np.asarray(output) - target[0]).sum(1).mean()
+    expected = (np.abs(np.asarray(output) - target[0]) ** power).sum(1).mean()
     _, losses = learning.advance(
         problem,
         state,
@@ -298,6 +304,13 @@ def test_loss_is_the_papers(sam, params, calibrated):
         config=config,
     )
     np.testing.assert_allclose(losses, [expected, 0], rtol=1e-4)
+
+
+def test_whole_blocks_learn(run, sam):
+    reports = []
+    run(on_unit=reports.append, granularity="block", parts=("encoder_block",))
+    learned = [r for r in reports if re.fullmatch(r"image_encoder/blocks_\d+", r.name)]
+    assert len(learned) == sam.config.depth and all(r.after < r.before for r in learned)
 
 
 # --- Resuming ---------------------------------------------------------------------------------------------------------
