@@ -121,7 +121,8 @@ def attention(
         v: (G, N, d).
         bias_h: (G, N, H) bias of each query on each key row.
         bias_w: (G, N, W) bias of each query on each key column.
-        softmax_site: called on attention probabilities (..., N).
+        softmax_site: called on attention probabilities (..., N); where it gives back the very array that it was
+            given, values are weighted first and divided after.
 
     Returns:
         (G, N, d).

@@ -209,6 +209,11 @@ def halve(p: jax.Array) -> jax.Array:
     return p + jax.lax.stop_gradient(jnp.round(p * 64) / 64 - p)
 
 
+def test_probabilities_that_no_one_touches_are_divided_after_the_values():
+    operands = attention_operands(4, 8, 8)
+    assert_close(attention(*operands, lambda p: p), attention(*operands, lambda p: p + 0))
+
+
 ONE_MAP = 64 * 64 * 4  # bytes of one head's map on 8x8 tokens
 
 
@@ -221,13 +226,14 @@ ONE_MAP = 64 * 64 * 4  # bytes of one head's map on 8x8 tokens
         (3 * ONE_MAP, 16),  # 3 do not divide the 4 heads: two at a time
     ],
 )
-def test_attention_in_parts_equals_direct(monkeypatch, part, chunk):
+@pytest.mark.parametrize("site", [halve, lambda p: p])
+def test_attention_in_parts_equals_direct(monkeypatch, part, chunk, site):
     operands = attention_operands(4, 8, 8)
 
     def values_and_gradients() -> Any:
         def loss(*operands: Any) -> tuple[jax.Array, jax.Array]:
             q, k, v, bias_h, bias_w = operands
-            out = attention(q, k, v, bias_h, bias_w, halve)
+            out = attention(q, k, v, bias_h, bias_w, site)
             return jnp.sum(out**2), out
 
         (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*operands)
