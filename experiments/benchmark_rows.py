@@ -4,14 +4,11 @@ A row is prepared once and then run as often as it is asked to; see `serve` for 
 """
 
 import dataclasses
-import importlib
-import importlib.util
 import json
 import resource
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +18,7 @@ import jax.numpy as jnp
 
 from ahcptq_jax import grouping, search
 from ahcptq_jax.quantizers import Hybrid
-from experiments import benchmark_learning
+from experiments import benchmark_learning, benchmark_torch
 from experiments.allocator import keep_pages
 from sam_flax import Sam, SamModel
 from sam_flax.config import MINI, VIT_B, VIT_H, VIT_L, SamConfig
@@ -99,47 +96,9 @@ def _encoder(config: SamConfig) -> Callable[[bool], Work]:
     return prepare
 
 
-def _public_encoder_class() -> Any:
-    """`segment_anything`'s ImageEncoderViT, without the rest of the package and its need of torchvision."""
-    root = importlib.util.find_spec("segment_anything")
-    assert root is not None and root.submodule_search_locations
-    folder = Path(root.submodule_search_locations[0])
-    for name, path in (("segment_anything", folder), ("segment_anything.modeling", folder / "modeling")):
-        package = types.ModuleType(name)
-        package.__path__ = [str(path)]
-        sys.modules[name] = package
-    return importlib.import_module("segment_anything.modeling.image_encoder").ImageEncoderViT
-
-
-def _torch_encoder(config: SamConfig) -> Callable[[bool], Work]:
-    """`segment_anything`'s own encoder (extra `parity`), with random weights."""
-
+def _torch_encoder(config: SamConfig, fused: bool = False) -> Callable[[bool], Work]:
     def prepare(toy: bool) -> Work:
-        import torch
-
-        ImageEncoderViT = _public_encoder_class()
-        chosen = _toy(config) if toy else config
-        torch.manual_seed(0)
-        model = ImageEncoderViT(
-            img_size=chosen.img_size,
-            patch_size=chosen.patch_size,
-            embed_dim=chosen.embed_dim,
-            depth=chosen.depth,
-            num_heads=chosen.num_heads,
-            mlp_ratio=chosen.mlp_ratio,
-            out_chans=chosen.out_chans,
-            qkv_bias=True,
-            use_rel_pos=True,
-            window_size=chosen.window_size,
-            global_attn_indexes=chosen.global_attn_indexes,
-        ).eval()
-        images = torch.randn(1, 3, chosen.img_size, chosen.img_size)
-
-        def run() -> Any:
-            with torch.inference_mode():
-                return model(images)
-
-        return Work(run)
+        return Work(benchmark_torch.encoder(_toy(config) if toy else config, fused))
 
     return prepare
 
@@ -213,6 +172,12 @@ def _block_pair(toy: bool) -> Work:
 ROWS = (
     Row("matmul", "float32 product, 2048x2048 by 2048x2048", _matmul),
     Row("encoder_b", "SAM-B image encoder, 1x1024x1024", _encoder(VIT_B), _torch_encoder(VIT_B)),
+    Row(
+        "encoder_b_fused",
+        "the same, against the public encoder rewritten on PyTorch's fused attention",
+        _encoder(VIT_B),
+        _torch_encoder(VIT_B, fused=True),
+    ),
     Row("encoder_l", "SAM-L image encoder, 1x1024x1024", _encoder(VIT_L), _torch_encoder(VIT_L)),
     Row("encoder_h", "SAM-H image encoder, 1x1024x1024", _encoder(VIT_H), _torch_encoder(VIT_H)),
     Row("hluq_search", "HLUQ search, one batch, 4096x3072 -> 768, 9 candidates", _hluq_search),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from experiments import benchmark, benchmark_rows
+from experiments import benchmark, benchmark_rows, benchmark_torch
 from sam_flax import Sam
 from sam_flax.config import MINI, VIT_B
 
@@ -88,6 +89,26 @@ def test_numbers_are_medians_and_ratios_of_pairs(monkeypatch: pytest.MonkeyPatch
     assert result["ratio"] == 1.5 and result["torch_seconds"] == 6.0
     alone = benchmark.measure(benchmark.chosen_rows("hluq_search")[0], 3, "torch", True, lambda: None)
     assert alone["ratio"] is None and "No public PyTorch package" in alone["note"]
+
+
+def test_fused_attention_is_the_public_one() -> None:
+    try:
+        benchmark.check_torch()
+    except ValueError as error:
+        pytest.skip(f"compares with PyTorch: {error}")
+    import torch
+
+    with unittest.mock.patch.dict(sys.modules):  # whose other users want the whole package
+        public = benchmark_torch.public_module()
+    torch.manual_seed(0)
+    attention = public.Attention(16, num_heads=2, use_rel_pos=True, input_size=(5, 5)).eval()
+    for table in (attention.rel_pos_h, attention.rel_pos_w):
+        torch.nn.init.normal_(table)
+    x = torch.randn(3, 5, 5, 16)
+    with torch.inference_mode():
+        for in_turn in (False, True):
+            fused = benchmark_torch.fused_attention(public, attention, in_turn)(x)
+            torch.testing.assert_close(fused, attention(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_failing_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
