@@ -23,7 +23,7 @@ _SEED = 0
 _SWAPS = np.array([(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (2, 1), (1, 2)], np.int32)
 _SWAP_ROUNDS = 4
 _SWAP_LLOYD_STEPS = 1
-_LLOYD_STEPS = 6
+_LLOYD_STEPS = 4
 _FEW_POINTS = 96
 
 
