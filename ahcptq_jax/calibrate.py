@@ -1,11 +1,13 @@
 """One streaming pass over calibration images: activations -> statistics -> quantizers.
 
 Statistics are taken on the floating-point model, one image at a time, inside the jitted function that runs a block:
-activations never leave it. Blocks of one kind share one compilation, whatever their number.
+activations never leave it. Blocks of one kind share one compilation on a device, whatever their number. Where there are
+several devices, each has some of the blocks and the images pass from one to the next.
 """
 
 import dataclasses
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -278,6 +280,18 @@ class SavedStatistics:
         return self.folder / f"embedding_{index:04d}.npz"
 
 
+def _put(tree: Any, device: jax.Device | None) -> Any:
+    return tree if device is None else jax.device_put(tree, device)
+
+
+def stage_devices(stages: int) -> list[jax.Device | None]:
+    """The local device of each stage, runs of stages on one; None where there is but one device."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return [None] * stages
+    return [devices[stage * len(devices) // stages] for stage in range(stages)]
+
+
 def observe_encoder(
     sam: Sam,
     params: Params,
@@ -287,6 +301,9 @@ def observe_encoder(
     saved: SavedStatistics | None = None,
 ) -> tuple[dict[str, Quantizer], list[np.ndarray]]:
     """Quantizers of the image encoder, and the floating-point embedding of each image.
+
+    A device waits for no other but for its next image, so that all are at work once as many images as there are devices
+    are on their way; every stage still sees the images one by one and in order, as on a single device.
 
     Args:
         images: canvases (S, S, 3), normalised and padded.
@@ -303,6 +320,18 @@ def observe_encoder(
     embeddings: list[np.ndarray] = []
     if saved is not None:
         statistics, embeddings = saved.load(statistics)
+    places = dict(zip(statistics, stage_devices(len(stages)), strict=True))
+    encoder = {stage: _put(encoder[stage], device) for stage, device in places.items()}
+    statistics = {stage: _put(state, places[stage]) for stage, state in statistics.items()}
+    # Embeddings that may still be in the making, and the statistics that count their images.
+    under_way: deque[tuple[jax.Array, dict[str, Any]]] = deque()
+
+    def settle() -> None:
+        x, counted = under_way.popleft()
+        embeddings.append(np.asarray(x))
+        if saved is not None:
+            saved.add(counted, embeddings)
+
     done = len(embeddings)
     for index, image in enumerate(images):
         if index < done:
@@ -314,17 +343,21 @@ def observe_encoder(
                 run,
                 encoder[stage],
                 statistics[stage],
-                x,
-                key,
+                _put(x, places[stage]),
+                _put(key, places[stage]),
                 sites=sites[stage],
                 config=_relevant(config, sites[stage]),
             )
-        embeddings.append(np.asarray(x))
-        if saved is not None:
-            saved.add(statistics, embeddings)
-    places = [(f"image_encoder/{stage}/{path}", stage, path, kind) for stage in sites for path, kind in sites[stage]]
-    kinds = {full: kind for full, _, _, kind in places}
-    quantizers = finalize({full: statistics[stage][path] for full, stage, path, _ in places}, kinds, config)
+        under_way.append((x, dict(statistics)))
+        if len(under_way) >= len(set(places.values())):
+            settle()
+    while under_way:
+        settle()
+    if None not in places.values():
+        statistics = jax.tree.map(jnp.asarray, jax.device_get(statistics))
+    found = [(f"image_encoder/{stage}/{path}", stage, path, kind) for stage in sites for path, kind in sites[stage]]
+    kinds = {full: kind for full, _, _, kind in found}
+    quantizers = finalize({full: statistics[stage][path] for full, stage, path, _ in found}, kinds, config)
     return quantizers, embeddings
 
 

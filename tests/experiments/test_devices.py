@@ -21,6 +21,7 @@ SCRIPT = """
 import json
 import sys
 import jax, numpy as np
+from ahcptq_jax import calibrate
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantize import quantize
 from experiments import coco, devices, evaluate
@@ -41,11 +42,15 @@ dataset = coco.CocoDataset.from_memory(images, document)
 boxes = coco.load_boxes("gt", dataset)
 none = coco.ImageBoxes(np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
 boxes.per_image[dataset.items[3].image_id] = none
-models = {"float": model}
+models, found = {"float": model}, {"devices": jax.device_count()}
 if sys.argv[5:] == ["quantized"]:
     minmax = QuantConfig(hluq=False, cag=False, big=False, agq=False, weight_search=False)
-    models["quantized"] = quantize(params, images[:1], minmax, sam=model.sam)
-found = {"devices": jax.device_count()}
+    # The images pass from device to device; then once more, all on one.
+    models["quantized"] = quantize(params, images[:3], minmax, sam=model.sam)
+    found["stages"] = [str(device) for device in calibrate.stage_devices(3)]
+    calibrate.stage_devices = lambda stages: [None] * stages
+    leaves, single = map(jax.tree.leaves, (models["quantized"], quantize(params, images[:3], minmax, sam=model.sam)))
+    found["calibration"] = len(leaves), sum(np.array_equal(a, b) for a, b in zip(leaves, single, strict=True))
 for name, model in models.items():
     journal = f"{out}.{name}.jsonl"
     single = evaluate.evaluate(SamPredictor(model), dataset, boxes, progress=None)
@@ -90,7 +95,9 @@ def check_equal(found: dict[str, Any], name: str, own: int) -> None:
 def test_four_devices_equal_one(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     found = results(start(out, "", "1", "0", "quantized", local_devices=4), out)
-    assert found["devices"] == 4
+    assert found["devices"] == 4 and len(set(found["stages"])) == 3
+    leaves, equal = found["calibration"]
+    assert leaves == equal > 0
     for name in ("float", "quantized"):
         check_equal(found, name, own=7)
 
