@@ -13,6 +13,9 @@ _ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a text"),
 }
 
+# How per-tensor ranges of activations are found.
+ACT_RANGES = ("minmax", "percentile", "mse")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
@@ -53,7 +56,7 @@ class QuantConfig:
             raise ValueError(f"groups={self.groups} must be 0 (every channel on its own) or a positive number.")
         if self.group_metric not in ("paper", "normalized", "range"):
             raise ValueError(f"group_metric={self.group_metric!r} must be 'paper', 'normalized' or 'range'.")
-        if self.act_range not in ("minmax", "percentile", "mse"):
+        if self.act_range not in ACT_RANGES:
             raise ValueError(f"act_range={self.act_range!r} must be 'minmax', 'percentile' or 'mse'.")
         if self.prompts_per_image < 1 or self.softmax_rows < 0:
             raise ValueError(

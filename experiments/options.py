@@ -6,14 +6,17 @@ from typing import Any, get_args
 from absl import flags
 
 from ahcptq_jax.blocks import GRANULARITIES
-from ahcptq_jax.config import METHODS, QuantConfig
+from ahcptq_jax.config import ACT_RANGES, METHODS, QuantConfig
 from ahcptq_jax.grouping import METRICS
 from ahcptq_jax.learning import ReconstructionConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
 from sam_flax.sam import Precision
 
 # Fields of `Options` that are switches of `QuantConfig`, where they are given.
-_SWITCHES = ("hluq", "cag", "big", "agq", "groups", "group_metric", "hluq_fine", "hluq_reach_maximum", "softmax_rows")
+_SWITCHES = (
+    *("hluq", "cag", "big", "agq", "groups", "group_metric", "hluq_fine", "hluq_reach_maximum"),
+    *("act_range", "weight_search", "softmax_rows"),
+)
 # Generated scenes to evaluate on.
 SPLITS = ("val", "train")
 PRECISIONS = get_args(Precision)
@@ -42,6 +45,8 @@ class Options:
     group_metric: str | None = None
     hluq_fine: bool | None = None
     hluq_reach_maximum: bool | None = None
+    act_range: str | None = None
+    weight_search: bool | None = None
     iterations: int = 0
     rounding_rate: float | None = None
     scale_rate: float | None = None
@@ -134,6 +139,10 @@ def define_flags() -> None:
     flags.DEFINE_enum("group_metric", d.group_metric, list(METRICS), "Override the method: what CAG's k-means sees.")
     flags.DEFINE_bool("hluq_fine", d.hluq_fine, "Override the method: a finer search of HLUQ's breakpoint.")
     flags.DEFINE_bool("hluq_reach_maximum", d.hluq_reach_maximum, "Override: HLUQ's last code is the maximum.")
+    flags.DEFINE_enum(
+        "act_range", d.act_range, list(ACT_RANGES), "Override the method: how uniform ranges of activations are found."
+    )
+    flags.DEFINE_bool("weight_search", d.weight_search, "Override the method: search the ranges of weights.")
     flags.DEFINE_integer(
         "iterations",
         d.iterations,

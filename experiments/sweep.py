@@ -28,10 +28,11 @@ from experiments.results import write_atomically
 from experiments.sweep_figure import draw
 
 # What a method's name may switch or set, and the type of its value.
-SWITCHES = ("hluq", "cag", "big", "agq", "hluq_fine", "hluq_reach_maximum")
+SWITCHES = ("hluq", "cag", "big", "agq", "hluq_fine", "hluq_reach_maximum", "weight_search")
 NUMBERS: dict[str, type] = {
     "groups": int,
     "group_metric": str,
+    "act_range": str,
     "iterations": int,
     "rounding_rate": float,
     "scale_rate": float,

@@ -41,10 +41,13 @@ def test_bad_settings_are_refused(methods: str, bits: str, message: str) -> None
 
 
 def test_a_method_may_be_changed() -> None:
-    (setting,) = sweep.parse_settings("ahcptq-big+hluq_fine+groups=8+group_metric=paper+iterations=50+harder=1.5", "44")
+    (setting,) = sweep.parse_settings(
+        "ahcptq-big-weight_search+hluq_fine+groups=8+group_metric=paper+act_range=mse+iterations=50+harder=1.5", "44"
+    )
     options = setting.options(Options(iterations=7), seed=0, out=Path("x"))
     config = options.quant_config()
     assert (config.big, config.hluq_fine, config.groups, config.group_metric) == (False, True, 8, "paper")
+    assert (config.weight_search, config.act_range) == (False, "mse")
     assert options.iterations == 50 and options.harder == 1.5
     assert options.model_name() == "MINI, harder by 1.5"
 
