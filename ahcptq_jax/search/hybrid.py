@@ -13,7 +13,6 @@ import numpy as np
 from ahcptq_jax.quantizers import Hybrid
 from ahcptq_jax.quantizers.base import check_bits
 from ahcptq_jax.search.batches import no_batches, nonempty
-from ahcptq_jax.search.loss import output_error
 from ahcptq_jax.search.ranges import RangeState, range_init, range_update
 
 # The paper's candidates.
@@ -90,7 +89,7 @@ def hybrid_update(
     """Adds a batch to every candidate's loss ``mean((x_q W - x W)^2)``.
 
     As in the official code, batch ``i`` is judged with the mean extremes of batches ``0..i``. The layer's bias
-    cancels. Large batches are multiplied in bfloat16, see ``loss.output_error``.
+    cancels.
 
     Args:
         state: from ``hybrid_init`` or an earlier update.
@@ -112,7 +111,7 @@ def hybrid_update(
             minimum, extremes.maximum - minimum, candidate[0], candidate[1], bits, reach_maximum
         )
         error = quantizer.fake_quant(rows) - rows
-        return jnp.mean(jnp.square(output_error(error, weight, rows.size)))
+        return jnp.mean(jnp.square(jnp.matmul(error, weight, precision=jax.lax.Precision.HIGHEST)))
 
     losses = jax.lax.map(loss, jnp.asarray(candidates, jnp.float32))
     return HybridState(state.loss_sum + losses, extremes)

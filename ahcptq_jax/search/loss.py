@@ -7,10 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 LOSS_POWER = 2.4
-# From so many errors on, ``output_error`` takes bfloat16 operands: half the time or less where the processor has such
-# products. A loss, a mean over as many rounding errors, moves by about 1e-4 of itself, so that a choice by it changes
-# only between candidates that serve equally well.
-BFLOAT16_SIZE = 2**20
 _SQRT_HALF_BITS = 0x3F3504F3
 _LOG_NODES = np.linspace(-0.2929, 0.4143, 4001) + 1e-12
 _LOG_COEFFICIENTS = np.polynomial.Polynomial.fit(_LOG_NODES, np.log2(1 + _LOG_NODES) / _LOG_NODES, 7).convert().coef
@@ -42,23 +38,6 @@ def _polynomial(coefficients: np.ndarray, x: jax.Array) -> jax.Array:
     for coefficient in coefficients[-2::-1]:
         value = value * x + np.float32(coefficient)
     return value
-
-
-def output_error(error: jax.Array, matrix: jax.Array, size: int) -> jax.Array:
-    """What errors of a product's left side do to its result, ``error @ matrix``, summed in float32.
-
-    Args:
-        error: (..., R, C).
-        matrix: (..., C, D).
-        size: number of errors of which the loss is taken, here and in other calls; it decides the operands' type.
-    """
-    operand = jnp.bfloat16 if size >= BFLOAT16_SIZE else jnp.float32
-    return jnp.matmul(
-        error.astype(operand),
-        matrix.astype(operand),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def loss_sums(rows: jax.Array, scale: jax.Array, zero_point: jax.Array, highest: int) -> jax.Array:
