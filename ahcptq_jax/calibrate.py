@@ -35,6 +35,13 @@ FINE_GRID_RATES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8)
 Sites = tuple[tuple[str, Kind], ...]  # (path, kind), hashable: a static argument
 
 
+def draw_rows(available: int, rows: int, key: jax.Array) -> jax.Array | None:
+    """`rows` of `available` rows (rows,), in order; None if that is all of them, or `rows` is 0."""
+    if not 0 < rows < available:
+        return None
+    return jnp.sort(jax.random.choice(key, available, (rows,), replace=False))
+
+
 def attention_map(operands: tuple[jax.Array, ...], rows: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Probabilities and values of an attention, for at most `rows` queries drawn by `key` (0: all).
 
@@ -46,9 +53,8 @@ def attention_map(operands: tuple[jax.Array, ...], rows: int, key: jax.Array) ->
         (..., M, T) probabilities, (..., T, d) values.
     """
     q, k, v, *biases = operands
-    tokens = q.shape[-2]
-    if 0 < rows < tokens:
-        picked = jnp.sort(jax.random.choice(key, tokens, (rows,), replace=False))
+    picked = draw_rows(q.shape[-2], rows, key)
+    if picked is not None:
         q, biases = q[..., picked, :], [b[..., picked, :] for b in biases]
     if biases:
         return attention_probabilities(q, k, *biases), v
@@ -100,7 +106,10 @@ def _update_statistics(
     x = captured[path]
     if kind == "hybrid":
         kernel = _kernel_of(params, path.removesuffix("/input"))
-        return search.hybrid_update(state, x, kernel, breakpoints(config), bits, config.hluq_reach_maximum)
+        picked = draw_rows(x.size // x.shape[-1], config.hluq_rows, key)
+        return search.hybrid_update(
+            state, x, kernel, breakpoints(config), bits, config.hluq_reach_maximum, picked=picked
+        )
     return search.range_update(state, x) if kind == "grouped" else _update_uniform(state, x, config)
 
 
@@ -194,6 +203,7 @@ def _relevant(config: QuantConfig, sites: Sites) -> QuantConfig:
         act_range=config.act_range,
         hluq_fine=config.hluq_fine,
         hluq_reach_maximum=config.hluq_reach_maximum,
+        hluq_rows=config.hluq_rows,
         softmax_rows=config.softmax_rows,
     )
 

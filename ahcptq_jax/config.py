@@ -38,6 +38,7 @@ class QuantConfig:
     hluq_fine: bool = False  # search HLUQ's breakpoint on a finer grid than the paper's 9 pairs
     act_range: str = "minmax"  # per-tensor ranges of activations: "minmax", "percentile" or "mse", the latter by loss
     weight_search: bool = True  # 2-D range search; else the plain minimum and maximum
+    hluq_rows: int = 2048  # rows (tokens) per image in HLUQ's breakpoint search; 0 uses all of them
     softmax_rows: int = 512  # queries per head in the softmax search; 0 uses all of them
     prompts_per_image: int = 8  # boxes per calibration image shown to the decoder
     seed: int = 0  # of the row and prompt subsampling
@@ -58,10 +59,10 @@ class QuantConfig:
             raise ValueError(f"group_metric={self.group_metric!r} must be 'paper', 'normalized' or 'range'.")
         if self.act_range not in ACT_RANGES:
             raise ValueError(f"act_range={self.act_range!r} must be 'minmax', 'percentile' or 'mse'.")
-        if self.prompts_per_image < 1 or self.softmax_rows < 0:
+        if self.prompts_per_image < 1 or min(self.softmax_rows, self.hluq_rows) < 0:
             raise ValueError(
-                f"prompts_per_image={self.prompts_per_image} must be at least 1 and "
-                f"softmax_rows={self.softmax_rows} at least 0."
+                f"prompts_per_image={self.prompts_per_image} must be at least 1, and "
+                f"softmax_rows={self.softmax_rows} and hluq_rows={self.hluq_rows} at least 0."
             )
         if not 0 <= self.seed < 2**31 - 1:
             raise ValueError(f"seed={self.seed} must be a number from 0 to {2**31 - 2}.")

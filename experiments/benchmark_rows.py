@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from ahcptq_jax import grouping, search
+from ahcptq_jax.calibrate import draw_rows
+from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Hybrid
 from experiments import benchmark_learning, benchmark_torch
 from experiments.allocator import keep_pages
@@ -110,12 +112,16 @@ def _normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def _hluq_search(toy: bool) -> Work:
-    rows, width, out = (64, 32, 16) if toy else (4096, 3072, 768)
-    x, weight = jax.nn.gelu(_normal(0, rows, width)), _normal(1, width, out) / width**0.5
-    candidates = search.hybrid_candidates(BITS)
-    state = search.hybrid_init(candidates)
-    return Work(lambda: search.hybrid_update(state, x, weight, candidates, BITS))
+def _hluq_search(drawn: int | None) -> Callable[[bool], Work]:
+    def prepare(toy: bool) -> Work:
+        rows, width, out = (64, 32, 16) if toy else (4096, 3072, 768)
+        x, weight = jax.nn.gelu(_normal(0, rows, width)), _normal(1, width, out) / width**0.5
+        candidates = search.hybrid_candidates(BITS)
+        state = search.hybrid_init(candidates)
+        picked = None if drawn is None else draw_rows(rows, min(drawn, rows // 2), jax.random.key(2))
+        return Work(lambda: search.hybrid_update(state, x, weight, candidates, BITS, picked=picked))
+
+    return prepare
 
 
 def _weight_search(width: int, out: int) -> Callable[[bool], Work]:
@@ -180,7 +186,12 @@ ROWS = (
     ),
     Row("encoder_l", "SAM-L image encoder, 1x1024x1024", _encoder(VIT_L), _torch_encoder(VIT_L)),
     Row("encoder_h", "SAM-H image encoder, 1x1024x1024", _encoder(VIT_H), _torch_encoder(VIT_H)),
-    Row("hluq_search", "HLUQ search, one batch, 4096x3072 -> 768, 9 candidates", _hluq_search),
+    Row(
+        "hluq_search",
+        "HLUQ search, one batch, 4096x3072 -> 768, 9 candidates, 2048 rows drawn as in calibration",
+        _hluq_search(QuantConfig.hluq_rows),
+    ),
+    Row("hluq_search_all", "the same, of all rows (--hluq_rows=0)", _hluq_search(None)),
     Row("weight_search_3072", "weight range search, 4 bits, 768 -> 3072", _weight_search(768, 3072)),
     Row("weight_search_768", "weight range search, 4 bits, 768 -> 768", _weight_search(768, 768)),
     Row("softmax_search", "softmax search, 12x1024x1024 attention, values 64 wide", _softmax_search),

@@ -15,7 +15,7 @@ from sam_flax.sam import Precision
 # Fields of `Options` that are switches of `QuantConfig`, where they are given.
 _SWITCHES = (
     *("hluq", "cag", "big", "agq", "groups", "group_metric", "hluq_fine", "hluq_reach_maximum"),
-    *("act_range", "weight_search", "softmax_rows"),
+    *("act_range", "weight_search", "hluq_rows", "softmax_rows"),
 )
 # Generated scenes to evaluate on.
 SPLITS = ("val", "train")
@@ -41,6 +41,7 @@ class Options:
     big: bool | None = None
     agq: bool | None = None
     groups: int | None = None
+    hluq_rows: int | None = None
     softmax_rows: int | None = None
     group_metric: str | None = None
     hluq_fine: bool | None = None
@@ -135,6 +136,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("big", d.big, "Override the method: sign flips of bimodal keys.")
     flags.DEFINE_bool("agq", d.agq, "Override the method: log2 softmax.")
     flags.DEFINE_integer("groups", d.groups, "Override the method: CAG groups; 0 keeps every channel alone.")
+    flags.DEFINE_integer("hluq_rows", d.hluq_rows, "Tokens per image in the breakpoint search (2048); 0 takes all.")
     flags.DEFINE_integer("softmax_rows", d.softmax_rows, "Queries per head in the softmax search (512); 0 takes all.")
     flags.DEFINE_enum("group_metric", d.group_metric, list(METRICS), "Override the method: what CAG's k-means sees.")
     flags.DEFINE_bool("hluq_fine", d.hluq_fine, "Override the method: a finer search of HLUQ's breakpoint.")

@@ -32,6 +32,8 @@ SWITCHES = ("hluq", "cag", "big", "agq", "hluq_fine", "hluq_reach_maximum", "wei
 NUMBERS: dict[str, type] = {
     "groups": int,
     "group_metric": str,
+    "hluq_rows": int,
+    "softmax_rows": int,
     "act_range": str,
     "iterations": int,
     "rounding_rate": float,

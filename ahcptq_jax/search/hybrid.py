@@ -85,6 +85,7 @@ def hybrid_update(
     bits: int,
     reach_maximum: bool = False,
     row_stride: int = 1,
+    picked: jax.Array | None = None,
 ) -> HybridState:
     """Adds a batch to every candidate's loss ``mean((x_q W - x W)^2)``.
 
@@ -99,11 +100,13 @@ def hybrid_update(
         bits: code width.
         reach_maximum: see ``quantizers.hybrid_scales``.
         row_stride: losses of every n-th row only; the extremes always come from all.
+        picked: (M,) rows, whose losses alone are taken; all if None.
 
     Source: official ``HybridParamObserver``.
     """
     extremes = range_update(state.range, x)
-    rows = jnp.asarray(x, jnp.float32).reshape(-1, x.shape[-1])[::row_stride]
+    rows = jnp.asarray(x, jnp.float32).reshape(-1, x.shape[-1])
+    rows = (rows if picked is None else rows[picked])[::row_stride]
     minimum = extremes.minimum
 
     def loss(candidate: jax.Array) -> jax.Array:

@@ -17,6 +17,11 @@ from ahcptq_jax.quantizers.log2 import TAUS
 from ahcptq_jax.search.batches import COARSE_ELEMENTS, no_batches
 from ahcptq_jax.search.loss import loss_power
 
+# The coarse search takes no fewer of a large attention's rows than one in so many.
+MOST_THINNED = 12
+# From more values on, the fine search takes fewer points.
+FINE_ELEMENTS = 2**22
+
 
 class SoftmaxState(NamedTuple):
     """Running statistics of the softmax search, one entry per tau (1, 2, 4).
@@ -65,13 +70,17 @@ def softmax_update(
         stride = 1 if limit is None else math.ceil(attention.size / limit)
         return attention[:, :: max(1, min(stride, attention.shape[1]))]
 
-    fine, coarse = thinned(max_elements), thinned(COARSE_ELEMENTS)
+    fine = thinned(max_elements)
+    # Of fewer rows, the valley of the loss lies elsewhere.
+    coarse = thinned(max(COARSE_ELEMENTS, fine.size // MOST_THINNED))
     # (rows, points of the grid, half-width of the next one in grid steps). Small tensors are rough and cheap, large
     # ones smooth and dear.
     if fine.size <= COARSE_ELEMENTS:
         rounds = [(fine, 33, 1.0), (fine, 33, 4.0), (fine, 65, 1.0), (fine, 17, 1.0)]
+    elif fine.size <= FINE_ELEMENTS:
+        rounds = [(coarse, 33, 3.0), (fine, 17, 1.0)]
     else:
-        rounds = [(coarse, 33, 1.0), (coarse, 17, 2.0), (fine, 9, 1.0), (fine, 5, 1.0)]
+        rounds = [(coarse, 33, 2.0), (fine, 9, 1.0)]
     left, right = jnp.full(tau.shape, low), jnp.full(tau.shape, high)
     best_scale = left
     best_loss = jnp.full(tau.shape, jnp.inf)

@@ -174,6 +174,7 @@ def test_other_paths_stay_in_floating_point(path):
         ({"groups": -1}, "groups=-1 must be 0"),
         ({"group_metric": "cosine"}, "group_metric='cosine' must be 'paper', 'normalized' or 'range'"),
         ({"softmax_rows": -1}, "softmax_rows=-1"),
+        ({"hluq_rows": -1}, "hluq_rows=-1"),
         ({"prompts_per_image": 0}, "prompts_per_image=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must be a number from 0"),
         ({"seed": 2**40}, "must be a number from 0 to 2147483646"),

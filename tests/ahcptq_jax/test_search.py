@@ -1,5 +1,7 @@
 """Searches: the official outcomes, streaming equal to batches, mechanisms, failures."""
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 
 from ahcptq_jax import search
-from ahcptq_jax.quantizers import Uniform
+from ahcptq_jax.quantizers import Hybrid, Uniform
+from ahcptq_jax.search.batches import COARSE_ELEMENTS
 from ahcptq_jax.search.loss import loss_power
 
 
@@ -172,6 +175,20 @@ def test_streamed_breakpoint_search_equals_the_batched_one(golden) -> None:
     np.testing.assert_allclose(part.loss_sum, g["loss_table"][0], rtol=0.5)
 
 
+def test_breakpoint_losses_of_drawn_rows() -> None:
+    x, weight = np.array(jax.nn.gelu(normal((64, 16)))), normal((16, 8), 1)
+    x[5] *= 4.0  # The extremes are in a row that is not drawn.
+    candidates = search.hybrid_candidates(4)
+    picked = jnp.array([0, 2, 9, 40])
+    state = search.hybrid_update(search.hybrid_init(candidates), x, weight, candidates, 4, picked=picked)
+    assert state.range.maximum == x.max()
+    errors = []
+    for range_rate, grid_rate in candidates:
+        quantizer = Hybrid.from_range(x.min(), x.max() - x.min(), range_rate, grid_rate, 4)
+        errors.append(np.mean(np.square((np.asarray(quantizer.fake_quant(x[picked])) - x[picked]) @ weight)))
+    np.testing.assert_allclose(state.loss_sum, errors, rtol=1e-4)
+
+
 def test_breakpoint_candidates() -> None:
     assert len(search.hybrid_candidates(4)) == 9
     # At 2 bits 1/8 and 1/4 both mean one log code.
@@ -216,6 +233,22 @@ def test_softmax_search_is_no_worse_than_the_official_one(golden) -> None:
     assert np.all(np.asarray(state.error_sum) <= g["tau_errors"] * (1 + 1e-4))
     assert int(np.argmin(state.error_sum)) == list(g["taus"]).index(g["tau"])
     assert search.softmax_finalize(state, 4).tau == g["tau"]
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 3.0])
+def test_softmax_search_of_large_attention_is_near_a_dense_grid(sharpness) -> None:
+    attention = np.asarray(jax.nn.softmax(normal((12, 256, 512)) * sharpness))
+    value = normal((12, 512, 8), 1)
+    assert attention.size > COARSE_ELEMENTS  # It is searched in part first.
+    found = search.softmax_finalize(search.softmax_update(search.softmax_init(), attention, value, 15), 4)
+
+    @jax.jit
+    def loss(scale: jax.Array) -> jax.Array:
+        error = dataclasses.replace(found, scale=scale).fake_quant(attention) - attention
+        return jnp.mean(jnp.abs(error @ value) ** 2.4)
+
+    dense = jax.lax.map(loss, jnp.linspace(0.02, 1.0, 99) * attention.max())
+    assert loss(found.scale) <= 1.03 * dense.min()
 
 
 def test_softmax_search_on_part_of_the_rows_agrees() -> None:
