@@ -76,7 +76,7 @@ def hybrid_init(candidates: np.ndarray) -> HybridState:
     return HybridState(jnp.zeros(len(candidates), jnp.float32), range_init())
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "reach_maximum", "row_stride"))
+@functools.partial(jax.jit, static_argnames=("bits", "reach_maximum"))
 def hybrid_update(
     state: HybridState,
     x: jax.Array,
@@ -84,7 +84,6 @@ def hybrid_update(
     candidates: jax.Array,
     bits: int,
     reach_maximum: bool = False,
-    row_stride: int = 1,
     picked: jax.Array | None = None,
 ) -> HybridState:
     """Adds a batch to every candidate's loss ``mean((x_q W - x W)^2)``.
@@ -99,14 +98,13 @@ def hybrid_update(
         candidates: (N, 2) pairs of range rate and grid rate.
         bits: code width.
         reach_maximum: see ``quantizers.hybrid_scales``.
-        row_stride: losses of every n-th row only; the extremes always come from all.
-        picked: (M,) rows, whose losses alone are taken; all if None.
+        picked: (M,) rows, whose losses alone are taken, all if None; the extremes always come from all.
 
     Source: official ``HybridParamObserver``.
     """
     extremes = range_update(state.range, x)
     rows = jnp.asarray(x, jnp.float32).reshape(-1, x.shape[-1])
-    rows = (rows if picked is None else rows[picked])[::row_stride]
+    rows = rows if picked is None else rows[picked]
     minimum = extremes.minimum
 
     def loss(candidate: jax.Array) -> jax.Array:
