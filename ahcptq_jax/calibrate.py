@@ -24,6 +24,7 @@ from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform
 from ahcptq_jax.recipe import BIMODAL_ATTENTION, Kind, site_kind
 from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
+from ahcptq_jax.statistics_cache import StatisticsCache
 from sam_flax.image_encoder import attention_probabilities
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params, Sam, call, encoder_stages
@@ -176,7 +177,7 @@ def observe(
     sites: Sites,
     config: QuantConfig,
 ) -> tuple[Any, dict[str, Any]]:
-    """Runs a part of the model on one batch and adds its activations to the statistics of `sites`."""
+    """Runs a part of the model on one batch and adds its activations to the statistics, which some of `sites` have."""
     captured: dict[str, Any] = {}
 
     def capture(path: str, value: Any) -> Any:
@@ -191,21 +192,34 @@ def observe(
     updated = {
         path: _update_statistics(statistics[path], path, kind, captured, params, k, config)
         for (path, kind), k in zip(sites, keys, strict=True)
+        if path in statistics
     }
     return output, updated
 
 
 def _relevant(config: QuantConfig, sites: Sites) -> QuantConfig:
     """The part of the configuration that these statistics depend on: the rest shall not cost a compilation."""
-    searched = config.act_range != "minmax" or any(kind in ("hybrid", "log2") for _, kind in sites)
-    return QuantConfig(
-        a_bits=config.a_bits if searched else QuantConfig.a_bits,
-        act_range=config.act_range,
-        hluq_fine=config.hluq_fine,
-        hluq_reach_maximum=config.hluq_reach_maximum,
-        hluq_rows=config.hluq_rows,
-        softmax_rows=config.softmax_rows,
-    )
+    kinds = {kind for _, kind in sites}
+    needed: list[str] = []
+    if "uniform" in kinds:
+        needed.append("act_range")
+    if kinds & {"hybrid", "log2"} or ("uniform" in kinds and config.act_range != "minmax"):
+        needed.append("a_bits")
+    if "hybrid" in kinds:
+        needed += ["hluq_fine", "hluq_reach_maximum", "hluq_rows"]
+    if any(path.endswith("/softmax") for path, _ in sites):
+        needed.append("softmax_rows")
+    return QuantConfig(**{name: getattr(config, name) for name in needed})
+
+
+def _keys(prefix: str, sites: Sites, config: QuantConfig) -> dict[str, Any]:
+    """Path -> what the statistics of a site depend on, besides the model, the images and the seed."""
+    return {path: (prefix + path, kind, _relevant(config, ((path, kind),))) for path, kind in sites}
+
+
+def _observed(sites: Sites, statistics: Mapping[str, Any]) -> Sites:
+    """The sites that have statistics."""
+    return tuple((path, kind) for path, kind in sites if path in statistics)
 
 
 def discover(run: Run, params: Params, inputs: Any, prefix: str, config: QuantConfig) -> tuple[Sites, dict[str, Any]]:
@@ -309,6 +323,7 @@ def observe_encoder(
     config: QuantConfig,
     embed: Callable[[jax.Array], jax.Array],
     saved: SavedStatistics | None = None,
+    cache: StatisticsCache | None = None,
 ) -> tuple[dict[str, Quantizer], list[np.ndarray]]:
     """Quantizers of the image encoder, and the floating-point embedding of each image.
 
@@ -318,16 +333,26 @@ def observe_encoder(
     Args:
         images: canvases (S, S, 3), normalised and padded.
         embed: patch embedding, (1, S, S, 3) -> (1, g, g, D).
-        saved: where the state is kept after each image; images that it has are not run again.
+        saved: where the state is kept after each image; images that it has are not run again. What starts with
+            statistics from `cache` keeps no state.
+        cache: what it has of this model and these images is not observed again.
     """
+    cache = StatisticsCache() if cache is None else cache
     encoder = params["image_encoder"]
     stages = [(key, _ApplyStage(module)) for key, module in encoder_stages(sam.config)]
     tokens = jax.ShapeDtypeStruct((1, sam.config.grid, sam.config.grid, sam.config.embed_dim), jnp.float32)
     sites: dict[str, Sites] = {}
     statistics: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
+    keys: dict[str, dict[str, Any]] = {}
     for stage, run in stages:
-        sites[stage], statistics[stage] = discover(run, encoder[stage], tokens, f"image_encoder/{stage}/", config)
-    embeddings: list[np.ndarray] = []
+        prefix = f"image_encoder/{stage}/"
+        sites[stage], empty = discover(run, encoder[stage], tokens, prefix, config)
+        keys[stage] = _keys(prefix, sites[stage], config)
+        statistics[stage], known[stage] = cache.split(keys[stage], empty)
+    embeddings: list[np.ndarray] = [] if any(statistics.values()) else list(cache.embeddings)
+    if any(known.values()):
+        saved = None
     if saved is not None:
         statistics, embeddings = saved.load(statistics)
     places = dict(zip(statistics, stage_devices(len(stages)), strict=True))
@@ -356,7 +381,7 @@ def observe_encoder(
                 _put(x, places[stage]),
                 _put(key, places[stage]),
                 sites=sites[stage],
-                config=_relevant(config, sites[stage]),
+                config=_relevant(config, _observed(sites[stage], statistics[stage])),
             )
         under_way.append((x, dict(statistics)))
         if len(under_way) >= len(set(places.values())):
@@ -365,6 +390,10 @@ def observe_encoder(
         settle()
     if None not in places.values():
         statistics = jax.tree.map(jnp.asarray, jax.device_get(statistics))
+    for stage, observed in statistics.items():
+        cache.add(keys[stage], observed)
+        statistics[stage] = observed | known[stage]
+    cache.embeddings = embeddings
     found = [(f"image_encoder/{stage}/{path}", stage, path, kind) for stage in sites for path, kind in sites[stage]]
     kinds = {full: kind for full, _, _, kind in found}
     quantizers = finalize({full: statistics[stage][path] for full, stage, path, _ in found}, kinds, config)
@@ -430,16 +459,27 @@ def observe_decoder(
     embeddings: Iterable[np.ndarray],
     prompts: Iterable[np.ndarray],
     config: QuantConfig,
+    cache: StatisticsCache | None = None,
 ) -> dict[str, Quantizer]:
-    """Quantizers of the mask decoder, prompted with (P, 4) canvas boxes per image."""
+    """Quantizers of the mask decoder, prompted with (P, 4) canvas boxes per image; `cache` as in `observe_encoder`."""
+    cache = StatisticsCache() if cache is None else cache
     decoder = {k: params[k] for k in ("prompt_encoder", "mask_decoder")}
     run = _decode_run(sam)
     sites: Sites = ()
     statistics: dict[str, Any] = {}
+    known: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for index, (embedding, boxes) in enumerate(zip(embeddings, prompts, strict=True)):
         inputs = _decoder_inputs(embedding, boxes)
         if not sites:
-            sites, statistics = discover(run, decoder, inputs, "", config)
+            sites, empty = discover(run, decoder, inputs, "", config)
+            # BIG changes the model that is observed.
+            keys = _keys("unified " if config.big else "", sites, config)
+            statistics, known = cache.split(keys, empty)
+        if not statistics:
+            break
         key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
-        _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=_relevant(config, sites))
-    return finalize(statistics, dict(sites), config)
+        relevant = _relevant(config, _observed(sites, statistics))
+        _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=relevant)
+    cache.add(keys, statistics)
+    return finalize(statistics | known, dict(sites), config)

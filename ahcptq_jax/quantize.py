@@ -17,6 +17,7 @@ from ahcptq_jax.quantized import Quantized, QuantizedWeight
 from ahcptq_jax.quantizers import Uniform
 from ahcptq_jax.recipe import weight_path
 from ahcptq_jax.sites import flatten, unflatten
+from ahcptq_jax.statistics_cache import StatisticsCache
 from sam_flax import preprocessing
 from sam_flax.image_encoder import PatchEmbed
 from sam_flax.infer import infer_config
@@ -87,6 +88,7 @@ def quantize_model(
     *,
     progress: bool,
     state_dir: str | Path | None = None,
+    cache: StatisticsCache | None = None,
 ) -> Quantized:
     """`quantize` with the module given.
 
@@ -94,6 +96,8 @@ def quantize_model(
         progress: shows bars on stderr.
         state_dir: where the encoder's statistics are kept after each image, and found again by a later run with the
             same arguments, which ends with the same result.
+        cache: statistics of earlier runs on the same model, images and seed, to which those of this run are added; the
+            result is the same without it.
 
     Raises:
         ValueError: as `quantize`, or if a file in `state_dir` is damaged or another run's.
@@ -116,12 +120,14 @@ def quantize_model(
     if state_dir is not None:
         identity = checkpoints.fingerprint(_STATE_FORMAT, config, params, [item.canvas for item in items])
         saved = calibrate.SavedStatistics(Path(state_dir), identity)
+    if cache is not None:
+        cache.enter(checkpoints.fingerprint(config.seed, params, [(item.canvas, item.boxes) for item in items]))
     canvases = bar([item.canvas for item in items], "calibrate encoder")
-    activations, embeddings = calibrate.observe_encoder(sam, params, canvases, config, embed, saved)
+    activations, embeddings = calibrate.observe_encoder(sam, params, canvases, config, embed, saved, cache)
     boxes = [item.boxes for item in items]
     if config.big:
         params, _ = calibrate.unify_keys(sam, params, embeddings, boxes)
-    activations |= calibrate.observe_decoder(sam, params, bar(embeddings, "calibrate decoder"), boxes, config)
+    activations |= calibrate.observe_decoder(sam, params, bar(embeddings, "calibrate decoder"), boxes, config, cache)
 
     layers = sorted({path for site in activations if (path := weight_path(site)) is not None})
     flat = flatten(params)

@@ -38,6 +38,7 @@ from ahcptq_jax.quantize import prepare, quantize_model
 from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.quantizers import Grouped, Quantizer
 from ahcptq_jax.sites import flatten, unflatten
+from ahcptq_jax.statistics_cache import StatisticsCache
 from sam_flax.image_encoder import PatchEmbed
 from sam_flax.sam import Params, Sam, apply_embed
 
@@ -72,6 +73,7 @@ def quantize_reconstructed(
     progress: bool = False,
     state_dir: str | Path | None = None,
     on_unit: Callable[[UnitReport], None] | None = None,
+    cache: StatisticsCache | None = None,
 ) -> Quantized:
     """Calibrates as `quantize.quantize_model` does, then reconstructs; arguments as there and in `reconstruct`.
 
@@ -85,6 +87,7 @@ def quantize_reconstructed(
         dataclasses.replace(config, groups=0),
         progress=progress,
         state_dir=None if state_dir is None else Path(state_dir) / "calibration",
+        cache=cache,
     )
     rng = np.random.default_rng(config.seed)
     images = [prepare(i, item, sam, config, rng) for i, item in enumerate(items)]

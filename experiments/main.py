@@ -32,6 +32,7 @@ from ahcptq_jax.harder import make_harder
 from ahcptq_jax.quantize import quantize_model
 from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.reconstruct import UnitReport, quantize_reconstructed
+from ahcptq_jax.statistics_cache import StatisticsCache
 from experiments import coco, devices, evaluate, report
 from experiments.allocator import keep_pages
 from experiments.options import Options, define_flags, options_from_flags
@@ -98,12 +99,19 @@ def _scene_size(config: SamConfig) -> int:
     return min(config.img_size, MAX_SCENE_SIZE)
 
 
-def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
+def run(
+    options: Options,
+    journal: Path | None = None,
+    cache: StatisticsCache | None = None,
+    with_report: bool = True,
+) -> dict[str, Any]:
     """Does everything the command does and returns what it writes to `results.json`.
 
     Args:
         options: the run.
         journal: folder of partial results; runs that share it evaluate the float model once.
+        cache: calibration statistics; runs that share it observe each site once.
+        with_report: makes `report.html` and counts the histograms of codes for it.
 
     Raises:
         ValueError, FileNotFoundError: if an input is unusable; nothing but resumable partial results is left.
@@ -156,7 +164,7 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         artefact = Path(options.artefact or out / "quantized.safetensors")
         if saved is None:
             with _timed(seconds, "quantize"):
-                quantized, units = _quantize(options, sam, params, calib, out / "partial", model_id)
+                quantized, units = _quantize(options, sam, params, calib, out / "partial", model_id, cache)
                 results["units"] = [dataclasses.asdict(unit) for unit in units]
                 out.mkdir(parents=True, exist_ok=True)
                 quantized.save(artefact)
@@ -174,15 +182,17 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
         results["agreement_mIoU"] = evaluate.agreement_miou(fp.images, scored.images)
         results["bytes"]["quantized"] = artefact.stat().st_size
         results["quant_config"] = dataclasses.asdict(quant_config)
-        with _timed(seconds, "histograms"):
-            results["code_histograms"] = code_histograms(quantized, dataset, boxes)
+        if with_report:
+            with _timed(seconds, "histograms"):
+                results["code_histograms"] = code_histograms(quantized, dataset, boxes)
         if options.blank:
             with _timed(seconds, "evaluate_blank"):
                 results["quantized_blank"] = dict(score("quantized", quantized, quantized_id, blank=True).metrics)
-        with _timed(seconds, "report"):
-            examples = report.make_examples(dataset, boxes, fp, scored)
-            if calib:
-                layers = panels.layer_panels(quantized, SamModel(sam, params), calib)
+        if with_report:
+            with _timed(seconds, "report"):
+                examples = report.make_examples(dataset, boxes, fp, scored)
+                if calib:
+                    layers = panels.layer_panels(quantized, SamModel(sam, params), calib)
     if options.blank:
         with _timed(seconds, "evaluate_blank"):
             results["fp_blank"] = dict(score("fp", fp_model, fp_id, blank=True).metrics)
@@ -193,9 +203,9 @@ def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
 
     notes = [*dataset.notes(), *boxes.notes]
     write_atomically(out / "flags.txt", _flag_lines(options))
-    report.write_report(
-        out, results, examples, layers, title=_title(options.model_name(), results["config"]), notes=notes
-    )
+    if with_report:
+        title = _title(options.model_name(), results["config"])
+        report.write_report(out, results, examples, layers, title=title, notes=notes)
     write_json(out / "results.json", results)
     if journal is None:
         # They serve interrupted runs only: a later run may be one of other code.
@@ -220,7 +230,13 @@ def code_histograms(model: Quantized, dataset: coco.CocoDataset, boxes: coco.Box
 
 
 def _quantize(
-    options: Options, sam: Sam, params: Params, calib: list[Any], partial: Path, model_id: str
+    options: Options,
+    sam: Sam,
+    params: Params,
+    calib: list[Any],
+    partial: Path,
+    model_id: str,
+    cache: StatisticsCache | None = None,
 ) -> tuple[Quantized, list[UnitReport]]:
     """The quantized model and, where the method learns, how each unit went; a killed run goes on in `partial`."""
     config, reconstruction = options.quant_config(), options.reconstruction_config()
@@ -229,7 +245,7 @@ def _quantize(
     identity = hashlib.sha256(f"{model_id} {images} {config} {reconstruction}".encode()).hexdigest()[:12]
     if reconstruction is None:
         folder = partial / f"calibration-{identity}"
-        return quantize_model(sam, params, calib, config, progress=True, state_dir=folder), []
+        return quantize_model(sam, params, calib, config, progress=True, state_dir=folder, cache=cache), []
     units: list[UnitReport] = []
     quantized = quantize_reconstructed(
         sam,
@@ -240,6 +256,7 @@ def _quantize(
         progress=True,
         state_dir=partial / f"reconstruction-{identity}",
         on_unit=units.append,
+        cache=cache,
     )
     return quantized, units
 

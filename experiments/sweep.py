@@ -4,14 +4,14 @@
         --iterations=200 --out=runs/sweep
 
 A method may be followed by what to switch off (`-cag`), on (`+hluq_fine`) or set (`+groups=8`): `ahcptq-hluq-cag` is
-ahcptq without HLUQ and CAG. Finished runs are not repeated, and one that was killed goes on. Writes `<out>/table.md`,
-`<out>/table.csv`, `<out>/table.png` and a folder for every run. Every row says which model it is of.
+ahcptq without HLUQ and CAG. Runs that `--records` (by default `<out>/records.jsonl`) has are not repeated, and one that
+was killed goes on. Writes `<out>/table.md`, `<out>/table.csv`, `<out>/table.png` and a folder for every run, with its
+quantized model and, by `--reports`, its report. Every row says which model it is of.
 """
 
 import csv
 import dataclasses
 import io
-import json
 import re
 import sys
 from pathlib import Path
@@ -21,7 +21,9 @@ import numpy as np
 from absl import app, flags
 
 from ahcptq_jax.config import METHODS
+from ahcptq_jax.statistics_cache import StatisticsCache
 from experiments import main as main_job
+from experiments import records
 from experiments.allocator import keep_pages
 from experiments.options import Options, define_flags, options_from_flags
 from experiments.results import write_atomically
@@ -118,18 +120,6 @@ def parse_settings(methods: str, bits: str) -> list[Setting]:
     return settings
 
 
-def finished(options: Options) -> dict[str, Any] | None:
-    """The results of an earlier run with exactly these options."""
-    path = Path(options.out) / "results.json"
-    if not path.exists():
-        return None
-    try:
-        results = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it to repeat the run.") from error
-    return results if results.get("config") == dataclasses.asdict(options) else None
-
-
 def row(results: dict[str, Any]) -> Row:
     """The table's columns of one run."""
     return {**results["quantized"], "agreement_mIoU": results["agreement_mIoU"], "model": results["model"]}
@@ -166,25 +156,48 @@ def table_csv(rows: dict[str, list[Row]]) -> str:
     return text.getvalue()
 
 
-def sweep(base: Options, settings: list[Setting], seeds: int, out: Path) -> str:
-    """Runs what is missing and returns the table, which is also written after every run."""
+def sweep(
+    base: Options,
+    settings: list[Setting],
+    seeds: int,
+    out: Path,
+    records_file: Path | None = None,
+    reports: bool = False,
+) -> str:
+    """Runs what is missing and returns the table, which is also written after every run.
+
+    Seeds are outermost, so that settings that share calibration images follow one another and share what was observed
+    on them.
+
+    Args:
+        records_file: of the runs that are done, see `records`; by default in `out`.
+        reports: makes every run's report.
+    """
+    records_file = out / "records.jsonl" if records_file is None else records_file
+    done = records.read(records_file)
     rows: dict[str, list[Row]] = {}
-    text = ""
-    for setting in settings:
-        for seed in range(seeds):
+    cache = StatisticsCache()
+    for seed in range(seeds):
+        for setting in settings:
             options = setting.options(base, seed, out)
-            print(f"== {setting.name}, seed {seed}", file=sys.stderr, flush=True)
-            results = finished(options)
-            if results is None:
-                results = main_job.run(options, journal=out / "partial")
+            results = done.get(records.key(options))
+            if missing := results is None:
+                print(f"== {setting.name}, seed {seed}", file=sys.stderr, flush=True)
+                found = main_job.run(options, journal=out / "partial", cache=cache, with_report=reports)
+                results = records.add(records_file, options, found)
             # A model's floating-point row stands before its first setting.
             rows.setdefault(f"floating point:{results['model']}", [{**results["fp"], "model": results["model"]}])
             rows.setdefault(setting.name, []).append(row(results))
-            text = table(rows)
-            write_atomically(out / "table.md", text)
-            write_atomically(out / "table.csv", table_csv(rows))
-            write_atomically(out / "table.png", draw(rows))
-    return text
+            if missing:
+                _write_tables(out, rows)
+    _write_tables(out, rows)
+    return table(rows)
+
+
+def _write_tables(out: Path, rows: dict[str, list[Row]]) -> None:
+    write_atomically(out / "table.md", table(rows))
+    write_atomically(out / "table.csv", table_csv(rows))
+    write_atomically(out / "table.png", draw(rows))
 
 
 def main(argv: list[str]) -> int:
@@ -194,7 +207,9 @@ def main(argv: list[str]) -> int:
         base = options_from_flags()
         if base.artefact:
             raise ValueError("--artefact is one finished model and a sweep makes many; give it to experiments.main.")
-        print(sweep(base, settings, flags.FLAGS.seeds, Path(base.out)))
+        values = flags.FLAGS
+        records_file = Path(values.records) if values.records else None
+        print(sweep(base, settings, values.seeds, Path(base.out), records_file, values.reports))
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -208,4 +223,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("methods", ",".join(METHODS), "Methods, each with what to switch or set behind it.")
     flags.DEFINE_string("bits", "44,55,66", "Widths of weights and activations, two digits each.")
     flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, … per setting.", lower_bound=1)
+    flags.DEFINE_string("records", "", "File of the runs that are done; default: records.jsonl in --out.")
+    flags.DEFINE_bool("reports", False, "Make report.html, with histograms of codes, for every run.")
     app.run(main)

@@ -1,5 +1,6 @@
 """A killed calibration goes on after its last finished image and ends with the same result."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ahcptq_jax import calibrate
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantize import quantize_model
 from ahcptq_jax.quantized import Quantized
+from ahcptq_jax.statistics_cache import StatisticsCache
 from sam_flax import Sam
 
 IMAGES = 3
@@ -50,6 +52,12 @@ def stages_run(monkeypatch: pytest.MonkeyPatch, until: int | None = None) -> lis
     return count
 
 
+def assert_same(got: Quantized, want: Quantized) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_killed_calibration_ends_with_the_same_result(setting, whole, tmp_path, monkeypatch):
     per_image = setting[0].config.depth + 1
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -60,16 +68,13 @@ def test_a_killed_calibration_ends_with_the_same_result(setting, whole, tmp_path
         count = stages_run(patch)
         resumed = quantize_model(*setting, CONFIG, progress=False, state_dir=tmp_path)
     assert count[0] == per_image + IMAGES  # the third image, and the decoder for each
-    assert jax.tree.structure(resumed) == jax.tree.structure(whole)
-    for got, want in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(got, want)
+    assert_same(resumed, whole)
     # A third run takes everything from the folder.
     with monkeypatch.context() as patch:
         count = stages_run(patch)
         again = quantize_model(*setting, CONFIG, progress=False, state_dir=tmp_path)
     assert count[0] == IMAGES
-    for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(got, want)
+    assert_same(again, whole)
 
 
 def saved_state(setting: Any, folder: Path) -> None:
@@ -96,3 +101,24 @@ def test_damaged_state_is_refused(setting, tmp_path):
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="embedding_0000.npz is damaged"):
         quantize_model(*setting, CONFIG, progress=False, state_dir=tmp_path)
+
+
+def test_settings_share_what_was_observed(setting, whole, monkeypatch):
+    """Only the sites that a further setting treats otherwise are observed, to the same result as without a cache."""
+    cache, per_image = StatisticsCache(), setting[0].config.depth + 1
+    with_uniform_softmax = dataclasses.replace(CONFIG, agq=False)
+    quantize_model(*setting, with_uniform_softmax, progress=False, cache=cache)
+    held = len(cache.statistics)
+    with monkeypatch.context() as patch:
+        count = stages_run(patch)
+        shared = quantize_model(*setting, CONFIG, progress=False, cache=cache)
+        assert count[0] == IMAGES * (per_image + 1)
+        softmaxes = [path for path in whole.activations if path.endswith("/softmax")]
+        assert 0 < len(cache.statistics) - held == len(softmaxes) < held
+        again = quantize_model(*setting, dataclasses.replace(CONFIG, groups=2), progress=False, cache=cache)
+        assert count[0] == IMAGES * (per_image + 1), "groups are made of the same statistics"
+    assert_same(shared, whole)
+    assert again.quant_config.groups == 2
+    sam, params, images = setting
+    quantize_model(sam, params, images[:1], with_uniform_softmax, progress=False, cache=cache)
+    assert len(cache.embeddings) == 1 and len(cache.statistics) == held, "other images take the place of all"

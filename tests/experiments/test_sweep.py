@@ -1,15 +1,14 @@
 """The sweep names settings, repeats nothing that is done, and averages seeds."""
 
-import dataclasses
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from experiments import sweep
+from ahcptq_jax.statistics_cache import StatisticsCache
+from experiments import records, sweep
 from experiments.options import Options
 from experiments.sweep_figure import draw
 
@@ -53,29 +52,29 @@ def test_a_method_may_be_changed() -> None:
 
 
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
+    calls: list[tuple[str, int]] = []
 
-    def run(options: Options, journal: Path | None = None) -> dict[str, Any]:
-        calls.append(options.out)
+    def run(options: Options, journal: Path, cache: StatisticsCache, with_report: bool) -> dict[str, Any]:
+        calls.append((options.method, options.seed))
+        assert not with_report
         metrics = dict.fromkeys(sweep.COLUMNS[:7], 50.0 + options.seed) | {"APl": None, "APs": 0.86, "mIoU": 0.5}
-        results = {"fp": metrics, "quantized": metrics, "agreement_mIoU": 0.9, "config": dataclasses.asdict(options)}
-        results["model"] = options.model_name()
-        Path(options.out).mkdir(parents=True, exist_ok=True)
-        (Path(options.out) / "results.json").write_text(json.dumps(results))
-        return results
+        return {"fp": metrics, "quantized": metrics, "agreement_mIoU": 0.9, "model": options.model_name(), "units": []}
 
     monkeypatch.setattr(sweep.main_job, "run", run)
-    settings = sweep.parse_settings("ahcptq", "44")
+    settings = sweep.parse_settings("ahcptq,minmax", "44")
     first = sweep.sweep(Options(), settings, 2, tmp_path)
-    assert len(calls) == 2
+    assert calls == [("ahcptq", 0), ("minmax", 0), ("ahcptq", 1), ("minmax", 1)], "a seed's calibration is shared"
     again = sweep.sweep(Options(), settings, 2, tmp_path)
-    assert len(calls) == 2 and again == first
-    sweep.sweep(Options(limit=3), settings, 1, tmp_path)
-    assert len(calls) == 3, "other options are another run"
+    assert len(calls) == 4 and again == first
+    elsewhere = sweep.sweep(Options(), settings, 2, tmp_path / "b", records_file=tmp_path / "records.jsonl")
+    assert len(calls) == 4 and elsewhere == first, "the folder is no part of a run"
+    sweep.sweep(Options(limit=3), settings[:1], 1, tmp_path)
+    assert len(calls) == 5, "other options are another run"
     assert "| MINI | ahcptq_w4a4 | 50.5 ± 0.7 |" in first and "| – |" in first
     assert "| 0.9 ± 0.0 |" in first and "| 0.500 ± 0.000 |" in first, "an AP below 1 is a percentage still"
-    assert (tmp_path / "table.csv").read_text().count("\n") == 3
+    assert (tmp_path / "b" / "table.csv").read_text().count("\n") == 6
     assert Image.open(tmp_path / "table.png").size[0] > 500
+    assert "units" not in (tmp_path / "records.jsonl").read_text()
 
 
 def test_every_model_has_its_floating_point_row() -> None:
@@ -98,7 +97,11 @@ def test_every_model_has_its_floating_point_row() -> None:
     assert Image.open(io.BytesIO(draw(rows))).format == "PNG"
 
 
-def test_damaged_results_are_named(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        sweep.finished(Options(out=str(tmp_path)))
+@pytest.mark.parametrize("line", ["{", '{"config": {}}', '{"config": {"nothing": 1}, "fp": {}, "quantized": {}}', "[]"])
+def test_damaged_records_are_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "records.jsonl"
+    records.add(path, Options(), {"fp": {}, "quantized": {}})
+    assert list(records.read(path)) == [Options()]
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match="no record of a run in line 2; delete the line"):
+        records.read(path)
