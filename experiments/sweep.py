@@ -5,8 +5,9 @@
 
 A method may be followed by what to switch off (`-cag`), on (`+hluq_fine`) or set (`+groups=8`): `ahcptq-hluq-cag` is
 ahcptq without HLUQ and CAG. Runs that `--records` (by default `<out>/records.jsonl`) has are not repeated, and one that
-was killed goes on. Writes `<out>/table.md`, `<out>/table.csv`, `<out>/table.png` and a folder for every run, with its
-quantized model and, by `--reports`, its report. Every row says which model it is of.
+was killed goes on. Writes `<out>/table.md`, whose second table has a column for each pair of widths, `<out>/table.csv`,
+`<out>/table.png` and a folder for every run, with its quantized model and, by `--reports`, its report. Every row says
+which model it is of.
 """
 
 import csv
@@ -67,6 +68,10 @@ class Setting:
     @property
     def name(self) -> str:
         return f"{self.text}_w{self.w_bits}a{self.a_bits}"
+
+    @property
+    def bits(self) -> str:
+        return f"W{self.w_bits}A{self.a_bits}"
 
     def options(self, base: Options, seed: int, out: Path) -> Options:
         """The run's options: those of the command line with this setting on top."""
@@ -144,6 +149,31 @@ def table(rows: dict[str, list[Row]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_by_bits(settings: list[Setting], rows: dict[str, list[Row]]) -> str:
+    """Markdown: AP and agreement of every method, a column for each pair of widths."""
+    widths = list(dict.fromkeys(setting.bits for setting in settings))
+    lines = ["| model | method | " + " | ".join(f"{w}, AP | agreement" for w in widths) + " |"]
+    lines.append("|---" * (2 + 2 * len(widths)) + "|")
+    models: list[str] = []
+    for text in dict.fromkeys(setting.text for setting in settings):
+        found = {s.bits: rows[s.name] for s in settings if s.text == text and s.name in rows}
+        if not found:
+            continue
+        model = next(iter(found.values()))[0]["model"]
+        if model not in models:
+            models.append(model)
+            (floating,) = rows[f"floating point:{model}"]
+            cells = " | ".join(f"{floating['AP']:.1f} | –" for _ in widths)
+            lines.append(f"| {model} | floating point | {cells} |")
+        cells = " | ".join(
+            _cell(column, [run.get(column) for run in found.get(width, [])])
+            for width in widths
+            for column in ("AP", "agreement_mIoU")
+        )
+        lines.append(f"| {model} | {text} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
 def table_csv(rows: dict[str, list[Row]]) -> str:
     """One line per run and seed."""
     text = io.StringIO()
@@ -189,15 +219,16 @@ def sweep(
             rows.setdefault(f"floating point:{results['model']}", [{**results["fp"], "model": results["model"]}])
             rows.setdefault(setting.name, []).append(row(results))
             if missing:
-                _write_tables(out, rows)
-    _write_tables(out, rows)
-    return table(rows)
+                _write_tables(out, settings, rows)
+    return _write_tables(out, settings, rows)
 
 
-def _write_tables(out: Path, rows: dict[str, list[Row]]) -> None:
-    write_atomically(out / "table.md", table(rows))
+def _write_tables(out: Path, settings: list[Setting], rows: dict[str, list[Row]]) -> str:
+    text = table(rows) + "\n" + table_by_bits(settings, rows)
+    write_atomically(out / "table.md", text)
     write_atomically(out / "table.csv", table_csv(rows))
     write_atomically(out / "table.png", draw(rows))
+    return text
 
 
 def main(argv: list[str]) -> int:

@@ -97,6 +97,19 @@ def test_every_model_has_its_floating_point_row() -> None:
     assert Image.open(io.BytesIO(draw(rows))).format == "PNG"
 
 
+def test_a_second_table_has_a_column_for_each_width() -> None:
+    def of(ap: float) -> dict[str, Any]:
+        return {"AP": ap, "agreement_mIoU": ap / 100, "model": "MINI"}
+
+    rows = {"floating point:MINI": [of(75)], "a_w4a4": [of(70), of(72)], "b_w4a4": [of(50)], "a_w6a6": [of(74)]}
+    settings = [sweep.Setting(text, "x", (), bits, bits) for bits in (4, 6) for text in ("a", "b", "c")]
+    assert sweep.table_by_bits(settings, rows).splitlines()[2:] == [
+        "| MINI | floating point | 75.0 | – | 75.0 | – |",
+        "| MINI | a | 71.0 ± 1.4 | 0.710 ± 0.014 | 74.0 | 0.740 |",
+        "| MINI | b | 50.0 | 0.500 | – | – |",
+    ]
+
+
 @pytest.mark.parametrize("line", ["{", '{"config": {}}', '{"config": {"nothing": 1}, "fp": {}, "quantized": {}}', "[]"])
 def test_damaged_records_are_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "records.jsonl"
