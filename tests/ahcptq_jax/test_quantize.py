@@ -250,13 +250,24 @@ def test_more_bits_come_closer(tiny, w4a4, canvas):
     sam, params = tiny
     reference = SamModel(sam, params)
     errors = {}
+    for bits in (2, 4, 8):
+        config = dataclasses.replace(MINMAX, w_bits=bits, a_bits=bits)
+        errors[bits] = relative_error(quantize(params, pictures(), config, sam=sam), reference, canvas)
+    assert errors[8] < 0.1 and errors[8] < errors[4] < errors[2], errors
+    ours = relative_error(w4a4, reference, canvas)
+    assert errors[8] < ours < 1.0, (ours, errors)
+
+
+@pytest.mark.slow
+def test_every_further_bit_comes_closer(tiny, canvas):
+    sam, params = tiny
+    reference = SamModel(sam, params)
+    errors = {}
     for bits in (2, 3, 4, 6, 8):
         config = dataclasses.replace(MINMAX, w_bits=bits, a_bits=bits)
         errors[bits] = relative_error(quantize(params, pictures(), config, sam=sam), reference, canvas)
-    assert errors[8] < 0.1 and errors[8] < errors[6] < errors[4] < errors[2], errors
+    assert errors[8] < errors[6] < errors[4] < errors[2], errors
     assert errors[4] < errors[3] * 1.1, errors
-    ours = relative_error(w4a4, reference, canvas)
-    assert errors[8] < ours < 1.0, (ours, errors)
 
 
 @pytest.mark.slow
@@ -326,15 +337,19 @@ def test_ranges_are_the_mean_extremes_of_the_float_model(tiny):
 
 
 def test_blocks_of_a_kind_share_one_compilation(tiny, canvas):
-    """Four blocks of two kinds, a neck and a decoder: four compilations, and none for other seeds or weights."""
+    """Four blocks of two kinds, a neck and a decoder: four compilations, and none for other seeds or weights.
+
+    The neck has no softmax: where another test has run one, its program is that one.
+    """
     sam, params = tiny
     config = dataclasses.replace(MINMAX, agq=True, softmax_rows=17)  # in no other test
     before = calibrate.observe._cache_size()
     quantize(params, pictures(), config, sam=sam)
-    assert calibrate.observe._cache_size() - before == 4
+    compiled = calibrate.observe._cache_size()
+    assert compiled - before in (3, 4)
     others = dataclasses.replace(config, seed=5, w_bits=5, groups=2)
     model = quantize(params, pictures(2, seed=1), others, sam=sam)
-    assert calibrate.observe._cache_size() - before == 4
+    assert calibrate.observe._cache_size() == compiled
 
     before = quantized_module._apply_stage._cache_size()
     changed = dataclasses.replace(others, w_bits=7)
@@ -356,8 +371,13 @@ def _covering_step(channels):
     return ((highest - zero_point) * scale).max() / highest + (zero_point * scale).max() / highest
 
 
-@pytest.mark.parametrize("metric", ["paper", "normalized", "range"])
-@pytest.mark.parametrize(("groups", "expected"), [(0, None), (1, 1), (2, 2), (4, 4), (8, 8), (100, None)])
+@pytest.mark.parametrize(
+    ("groups", "expected", "metric"),
+    [
+        *((groups, expected, "range") for groups, expected in ((0, None), (1, 1), (2, 2), (4, 4), (8, 8), (100, None))),
+        *((groups, groups, metric) for groups in (1, 4) for metric in ("paper", "normalized")),
+    ],
+)
 def test_groups(groups, expected, metric):
     """0 and too many leave every channel alone; otherwise that many groups, on ladders wider than the channels too."""
     rng = np.random.default_rng(0)
