@@ -24,7 +24,7 @@ from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform
 from ahcptq_jax.recipe import BIMODAL_ATTENTION, Kind, site_kind
 from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
-from ahcptq_jax.statistics_cache import StatisticsCache
+from ahcptq_jax.statistics_cache import Observed, StatisticsCache
 from sam_flax.image_encoder import attention_probabilities
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params, Sam, call, encoder_stages
@@ -177,7 +177,7 @@ def observe(
     sites: Sites,
     config: QuantConfig,
 ) -> tuple[Any, dict[str, Any]]:
-    """Runs a part of the model on one batch and adds its activations to the statistics, which some of `sites` have."""
+    """Runs a part of the model on one batch and adds its activations to the statistics of `sites`."""
     captured: dict[str, Any] = {}
 
     def capture(path: str, value: Any) -> Any:
@@ -192,7 +192,6 @@ def observe(
     updated = {
         path: _update_statistics(statistics[path], path, kind, captured, params, k, config)
         for (path, kind), k in zip(sites, keys, strict=True)
-        if path in statistics
     }
     return output, updated
 
@@ -210,16 +209,6 @@ def _relevant(config: QuantConfig, sites: Sites) -> QuantConfig:
     if any(path.endswith("/softmax") for path, _ in sites):
         needed.append("softmax_rows")
     return QuantConfig(**{name: getattr(config, name) for name in needed})
-
-
-def _keys(prefix: str, sites: Sites, config: QuantConfig) -> dict[str, Any]:
-    """Path -> what the statistics of a site depend on, besides the model, the images and the seed."""
-    return {path: (prefix + path, kind, _relevant(config, ((path, kind),))) for path, kind in sites}
-
-
-def _observed(sites: Sites, statistics: Mapping[str, Any]) -> Sites:
-    """The sites that have statistics."""
-    return tuple((path, kind) for path, kind in sites if path in statistics)
 
 
 def discover(run: Run, params: Params, inputs: Any, prefix: str, config: QuantConfig) -> tuple[Sites, dict[str, Any]]:
@@ -333,9 +322,8 @@ def observe_encoder(
     Args:
         images: canvases (S, S, 3), normalised and padded.
         embed: patch embedding, (1, S, S, 3) -> (1, g, g, D).
-        saved: where the state is kept after each image; images that it has are not run again. What starts with
-            statistics from `cache` keeps no state.
-        cache: what it has of this model and these images is not observed again.
+        saved: where the state is kept after each image; images that it has are not run again.
+        cache: a pass that it has is taken over, one that it has not is added.
     """
     cache = StatisticsCache() if cache is None else cache
     encoder = params["image_encoder"]
@@ -343,17 +331,14 @@ def observe_encoder(
     tokens = jax.ShapeDtypeStruct((1, sam.config.grid, sam.config.grid, sam.config.embed_dim), jnp.float32)
     sites: dict[str, Sites] = {}
     statistics: dict[str, dict[str, Any]] = {}
-    known: dict[str, dict[str, Any]] = {}
-    keys: dict[str, dict[str, Any]] = {}
     for stage, run in stages:
-        prefix = f"image_encoder/{stage}/"
-        sites[stage], empty = discover(run, encoder[stage], tokens, prefix, config)
-        keys[stage] = _keys(prefix, sites[stage], config)
-        statistics[stage], known[stage] = cache.split(keys[stage], empty)
-    embeddings: list[np.ndarray] = [] if any(statistics.values()) else list(cache.embeddings)
-    if any(known.values()):
-        saved = None
-    if saved is not None:
+        sites[stage], statistics[stage] = discover(run, encoder[stage], tokens, f"image_encoder/{stage}/", config)
+    relevant = {stage: _relevant(config, of_stage) for stage, of_stage in sites.items()}
+    embeddings: list[np.ndarray] = []
+    whole = ("encoder", *sites.items(), *relevant.items())
+    if (known := cache.passes.get(whole)) is not None:
+        statistics, embeddings = known.statistics, list(known.embeddings)
+    elif saved is not None:
         statistics, embeddings = saved.load(statistics)
     places = dict(zip(statistics, stage_devices(len(stages)), strict=True))
     encoder = {stage: _put(encoder[stage], device) for stage, device in places.items()}
@@ -381,7 +366,7 @@ def observe_encoder(
                 _put(x, places[stage]),
                 _put(key, places[stage]),
                 sites=sites[stage],
-                config=_relevant(config, _observed(sites[stage], statistics[stage])),
+                config=relevant[stage],
             )
         under_way.append((x, dict(statistics)))
         if len(under_way) >= len(set(places.values())):
@@ -390,10 +375,7 @@ def observe_encoder(
         settle()
     if None not in places.values():
         statistics = jax.tree.map(jnp.asarray, jax.device_get(statistics))
-    for stage, observed in statistics.items():
-        cache.add(keys[stage], observed)
-        statistics[stage] = observed | known[stage]
-    cache.embeddings = embeddings
+    cache.passes[whole] = Observed(statistics, embeddings)
     found = [(f"image_encoder/{stage}/{path}", stage, path, kind) for stage in sites for path, kind in sites[stage]]
     kinds = {full: kind for full, _, _, kind in found}
     quantizers = finalize({full: statistics[stage][path] for full, stage, path, _ in found}, kinds, config)
@@ -456,7 +438,7 @@ def unify_keys(
 def observe_decoder(
     sam: Sam,
     params: Params,
-    embeddings: Iterable[np.ndarray],
+    embeddings: Sequence[np.ndarray],
     prompts: Iterable[np.ndarray],
     config: QuantConfig,
     cache: StatisticsCache | None = None,
@@ -467,19 +449,16 @@ def observe_decoder(
     run = _decode_run(sam)
     sites: Sites = ()
     statistics: dict[str, Any] = {}
-    known: dict[str, Any] = {}
-    keys: dict[str, Any] = {}
+    whole: Any = None
     for index, (embedding, boxes) in enumerate(zip(embeddings, prompts, strict=True)):
         inputs = _decoder_inputs(embedding, boxes)
         if not sites:
-            sites, empty = discover(run, decoder, inputs, "", config)
-            # BIG changes the model that is observed.
-            keys = _keys("unified " if config.big else "", sites, config)
-            statistics, known = cache.split(keys, empty)
-        if not statistics:
-            break
+            sites, statistics = discover(run, decoder, inputs, "", config)
+            # BIG changes the parameters, and the encoder's pass the last bits of the embeddings.
+            whole = ("decoder", checkpoints.fingerprint(decoder, embeddings), sites, _relevant(config, sites))
+            if (known := cache.passes.get(whole)) is not None:
+                return finalize(known.statistics, dict(sites), config)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
-        relevant = _relevant(config, _observed(sites, statistics))
-        _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=relevant)
-    cache.add(keys, statistics)
-    return finalize(statistics | known, dict(sites), config)
+        _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=_relevant(config, sites))
+    cache.passes[whole] = Observed(statistics, [])
+    return finalize(statistics, dict(sites), config)

@@ -96,8 +96,8 @@ def quantize_model(
         progress: shows bars on stderr.
         state_dir: where the encoder's statistics are kept after each image, and found again by a later run with the
             same arguments, which ends with the same result.
-        cache: statistics of earlier runs on the same model, images and seed, to which those of this run are added; the
-            result is the same without it.
+        cache: passes of earlier runs over the same images, to which those of this run are added; the result is the
+            same without it.
 
     Raises:
         ValueError: as `quantize`, or if a file in `state_dir` is damaged or another run's.
@@ -127,7 +127,8 @@ def quantize_model(
     boxes = [item.boxes for item in items]
     if config.big:
         params, _ = calibrate.unify_keys(sam, params, embeddings, boxes)
-    activations |= calibrate.observe_decoder(sam, params, bar(embeddings, "calibrate decoder"), boxes, config, cache)
+    prompts = bar(boxes, "calibrate decoder")
+    activations |= calibrate.observe_decoder(sam, params, embeddings, prompts, config, cache)
 
     layers = sorted({path for site in activations if (path := weight_path(site)) is not None})
     flat = flatten(params)

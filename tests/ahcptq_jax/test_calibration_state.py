@@ -104,21 +104,19 @@ def test_damaged_state_is_refused(setting, tmp_path):
 
 
 def test_settings_share_what_was_observed(setting, whole, monkeypatch):
-    """Only the sites that a further setting treats otherwise are observed, to the same result as without a cache."""
-    cache, per_image = StatisticsCache(), setting[0].config.depth + 1
-    with_uniform_softmax = dataclasses.replace(CONFIG, agq=False)
-    quantize_model(*setting, with_uniform_softmax, progress=False, cache=cache)
-    held = len(cache.statistics)
+    """A pass over the images serves every setting whose own would be the same, and the result is that without a cache."""
+    sam, params, images = setting
+    cache, per_image = StatisticsCache(), sam.config.depth + 2
     with monkeypatch.context() as patch:
         count = stages_run(patch)
-        shared = quantize_model(*setting, CONFIG, progress=False, cache=cache)
-        assert count[0] == IMAGES * (per_image + 1)
-        softmaxes = [path for path in whole.activations if path.endswith("/softmax")]
-        assert 0 < len(cache.statistics) - held == len(softmaxes) < held
+        assert_same(quantize_model(*setting, CONFIG, progress=False, cache=cache), whole)
+        assert count[0] == IMAGES * per_image
+        assert_same(quantize_model(*setting, CONFIG, progress=False, cache=cache), whole)
         again = quantize_model(*setting, dataclasses.replace(CONFIG, groups=2), progress=False, cache=cache)
-        assert count[0] == IMAGES * (per_image + 1), "groups are made of the same statistics"
-    assert_same(shared, whole)
-    assert again.quant_config.groups == 2
-    sam, params, images = setting
-    quantize_model(sam, params, images[:1], with_uniform_softmax, progress=False, cache=cache)
-    assert len(cache.embeddings) == 1 and len(cache.statistics) == held, "other images take the place of all"
+        assert count[0] == IMAGES * per_image, "groups are made of the same statistics"
+        assert again.quant_config.groups == 2
+        quantize_model(*setting, dataclasses.replace(CONFIG, softmax_rows=9), progress=False, cache=cache)
+        assert count[0] == 2 * IMAGES * per_image, "another search is another pass"
+        assert len(cache.passes) == 4
+        quantize_model(sam, params, images[:1], CONFIG, progress=False, cache=cache)
+        assert count[0] == (2 * IMAGES + 1) * per_image and len(cache.passes) == 2, "other images replace all"
