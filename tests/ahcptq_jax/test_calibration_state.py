@@ -104,7 +104,7 @@ def test_damaged_state_is_refused(setting, tmp_path):
 
 
 def test_settings_share_what_was_observed(setting, whole, monkeypatch):
-    """A pass over the images serves every setting whose own would be the same, and the result is that without a cache."""
+    """A pass over the images serves every setting whose own would be the same; the result is that without a cache."""
     sam, params, images = setting
     cache, per_image = StatisticsCache(), sam.config.depth + 2
     with monkeypatch.context() as patch:
