@@ -8,7 +8,7 @@ several devices, each has some of the blocks and the images pass from one to the
 import dataclasses
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,150 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax import bimodal, checkpoints, grouping, search
-from ahcptq_jax import percentile as percentiles
+from ahcptq_jax import bimodal, checkpoints
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform
+from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.recipe import BIMODAL_ATTENTION, Kind, site_kind
+from ahcptq_jax.site_statistics import finalize, init_statistics, update_statistics
 from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
 from ahcptq_jax.statistics_cache import Observed, StatisticsCache
-from sam_flax.image_encoder import attention_probabilities
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params, Sam, call, encoder_stages
 
-# Of `hluq_fine`.
-FINE_RANGE_RATES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
-FINE_GRID_RATES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8)
-
 Sites = tuple[tuple[str, Kind], ...]  # (path, kind), hashable: a static argument
-
-
-def draw_rows(available: int, rows: int, key: jax.Array) -> jax.Array | None:
-    """`rows` of `available` rows (rows,), in order; None if that is all of them, or `rows` is 0."""
-    if not 0 < rows < available:
-        return None
-    return jnp.sort(jax.random.choice(key, available, (rows,), replace=False))
-
-
-def attention_map(operands: tuple[jax.Array, ...], rows: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Probabilities and values of an attention, for at most `rows` queries drawn by `key` (0: all).
-
-    Args:
-        operands: what the `operands` site sees: (q, k, v) of the decoder with q (N, heads, T, d), or
-            (q, k, v, bias_h, bias_w) of the encoder with q (G, T, d).
-
-    Returns:
-        (..., M, T) probabilities, (..., T, d) values.
-    """
-    q, k, v, *biases = operands
-    picked = draw_rows(q.shape[-2], rows, key)
-    if picked is not None:
-        q, biases = q[..., picked, :], [b[..., picked, :] for b in biases]
-    if biases:
-        return attention_probabilities(q, k, *biases), v
-    return nn.softmax(q @ jnp.swapaxes(k, -1, -2)), v
-
-
-def _kernel_of(params: Params, layer: str) -> jax.Array:
-    node: Any = params
-    for name in layer.split("/"):
-        node = node[name]
-    return node["kernel"]
-
-
-def breakpoints(config: QuantConfig) -> np.ndarray:
-    """HLUQ's candidates (N, 2), see `search.hybrid_candidates`: the paper's, or a finer grid that has them."""
-    if not config.hluq_fine:
-        return search.hybrid_candidates(config.a_bits)
-    return search.hybrid_candidates(config.a_bits, FINE_RANGE_RATES, FINE_GRID_RATES)
-
-
-def _update_uniform(state: Any, x: jax.Array, config: QuantConfig) -> Any:
-    if config.act_range == "percentile":
-        return percentiles.percentile_update(state, x, config.a_bits)
-    if config.act_range == "mse":
-        return search.uniform_mse_update(state, x, config.a_bits)
-    return search.range_update(state, x)
-
-
-def _init_statistics(kind: Kind, shape: tuple[int, ...], config: QuantConfig) -> Any:
-    if kind == "hybrid":
-        return search.hybrid_init(breakpoints(config))
-    if kind == "log2":
-        return search.softmax_init()
-    if kind == "uniform" and config.act_range == "percentile":
-        return percentiles.percentile_init()
-    return search.range_init(shape[-1] if kind == "grouped" else None)
-
-
-def _update_statistics(
-    state: Any, path: str, kind: Kind, captured: Mapping[str, Any], params: Params, key: jax.Array, config: QuantConfig
-) -> Any:
-    bits = config.a_bits
-    if path.endswith("/softmax"):
-        operands = captured[path.removesuffix("softmax") + "operands"]
-        probabilities, values = attention_map(operands, config.softmax_rows, key)
-        if kind == "log2":
-            return search.softmax_update(state, probabilities, values, 2**bits - 1)
-        return _update_uniform(state, probabilities, config)
-    x = captured[path]
-    if kind == "hybrid":
-        kernel = _kernel_of(params, path.removesuffix("/input"))
-        picked = draw_rows(x.size // x.shape[-1], config.hluq_rows, key)
-        return search.hybrid_update(
-            state, x, kernel, breakpoints(config), bits, config.hluq_reach_maximum, picked=picked
-        )
-    return search.range_update(state, x) if kind == "grouped" else _update_uniform(state, x, config)
-
-
-def finalize(statistics: Mapping[str, Any], kinds: Mapping[str, Kind], config: QuantConfig) -> dict[str, Quantizer]:
-    """Statistics by site -> quantizers by site."""
-    bits = config.a_bits
-    candidates = breakpoints(config)
-    quantizers: dict[str, Quantizer] = {}
-    per_channel: dict[str, Uniform] = {}
-    for path, kind in kinds.items():
-        state = statistics[path]
-        if kind == "hybrid":
-            found = search.hybrid_finalize(state, candidates, bits, config.hluq_reach_maximum)
-            quantizers[path] = found.quantizer
-        elif kind == "log2":
-            quantizers[path] = search.softmax_finalize(state, bits)
-        elif isinstance(state, percentiles.PercentileState):
-            quantizers[path] = percentiles.percentile_finalize(state, bits)
-        elif kind == "uniform":
-            quantizers[path] = state.quantizer(bits)
-        else:
-            per_channel[path] = state.quantizer(bits)
-    return quantizers | group_channels(per_channel, config)
-
-
-def group_channels(per_channel: Mapping[str, Uniform], config: QuantConfig) -> dict[str, Quantizer]:
-    """CAG without reconstruction: down the ladder 8G, 4G, 2G, G at once (paper section on CAG).
-
-    All sites of one width are grouped in one call.
-    """
-    grouped: dict[str, Quantizer] = {}
-    by_width: dict[int, list[str]] = {}
-    for path, quantizer in per_channel.items():
-        by_width.setdefault(quantizer.scale.shape[0], []).append(path)
-    for channels, paths in by_width.items():
-        scales, zeros = (
-            jnp.stack([getattr(per_channel[path], name) for path in paths]) for name in ("scale", "zero_point")
-        )
-        if config.groups == 0 or config.groups >= channels:
-            labels = jnp.broadcast_to(jnp.arange(channels), scales.shape)
-        else:
-            scales, zeros, labels = grouping.ladder(scales, zeros, config.groups, config.group_metric, config.a_bits)[
-                -1
-            ]
-        for path, scale, zero, label in zip(
-            paths, np.asarray(scales), np.asarray(zeros), np.asarray(labels), strict=True
-        ):
-            grouped[path] = Grouped(jnp.asarray(scale), jnp.asarray(zero), jnp.asarray(label), config.a_bits)
-    return grouped
-
-
 Run = Callable[[Params, Any], Any]
 
 
@@ -190,7 +57,7 @@ def observe(
         output = run(params, inputs)
     keys = jax.random.split(key, len(sites))
     updated = {
-        path: _update_statistics(statistics[path], path, kind, captured, params, k, config)
+        path: update_statistics(statistics[path], path, kind, captured, params, k, config)
         for (path, kind), k in zip(sites, keys, strict=True)
     }
     return output, updated
@@ -225,7 +92,7 @@ def discover(run: Run, params: Params, inputs: Any, prefix: str, config: QuantCo
         jax.eval_shape(lambda params, inputs: run(params, inputs), params, inputs)
     kinds = ((path, site_kind(prefix + path, config)) for path in sorted(shapes))
     sites = tuple((path, kind) for path, kind in kinds if kind is not None)
-    return sites, {path: _init_statistics(kind, shapes[path], config) for path, kind in sites}
+    return sites, {path: init_statistics(kind, shapes[path], config) for path, kind in sites}
 
 
 class _ApplyStage:
@@ -449,16 +316,17 @@ def observe_decoder(
     run = _decode_run(sam)
     sites: Sites = ()
     statistics: dict[str, Any] = {}
-    whole: Any = None
+    relevant, whole = config, None
     for index, (embedding, boxes) in enumerate(zip(embeddings, prompts, strict=True)):
         inputs = _decoder_inputs(embedding, boxes)
         if not sites:
             sites, statistics = discover(run, decoder, inputs, "", config)
+            relevant = _relevant(config, sites)
             # BIG changes the parameters, and the encoder's pass the last bits of the embeddings.
-            whole = ("decoder", checkpoints.fingerprint(decoder, embeddings), sites, _relevant(config, sites))
+            whole = ("decoder", checkpoints.fingerprint(decoder, embeddings), sites, relevant)
             if (known := cache.passes.get(whole)) is not None:
                 return finalize(known.statistics, dict(sites), config)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
-        _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=_relevant(config, sites))
+        _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=relevant)
     cache.passes[whole] = Observed(statistics, [])
     return finalize(statistics, dict(sites), config)

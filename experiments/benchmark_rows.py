@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from ahcptq_jax import grouping, search
-from ahcptq_jax.calibrate import draw_rows
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Hybrid
+from ahcptq_jax.site_statistics import draw_rows
 from experiments import benchmark_learning, benchmark_torch
 from experiments.allocator import keep_pages
 from sam_flax import Sam, SamModel

@@ -110,7 +110,7 @@ def run(
     Args:
         options: the run.
         journal: folder of partial results; runs that share it evaluate the float model once.
-        cache: calibration statistics; runs that share it observe each site once.
+        cache: calibration passes; runs that share it make equal ones once.
         with_report: makes `report.html` and counts the histograms of codes for it.
 
     Raises:

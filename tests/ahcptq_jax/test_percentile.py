@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ahcptq_jax import METHODS, QuantConfig, calibrate
+from ahcptq_jax import METHODS, QuantConfig, site_statistics
 from ahcptq_jax.percentile import PERCENTILES, percentile_finalize, percentile_init, percentile_update
 from ahcptq_jax.quantizers import Uniform
 
@@ -14,10 +14,10 @@ SHAPE = (4, 100, 128)  # more than 2 of the last percentile's tail
 def quantizer_of(batches, **switches) -> Uniform:
     """By the statistics that calibration keeps for a per-tensor site."""
     config = QuantConfig(**switches)
-    state = calibrate._init_statistics("uniform", SHAPE, config)
+    state = site_statistics.init_statistics("uniform", SHAPE, config)
     for x in batches:
-        state = calibrate._update_uniform(state, jnp.asarray(x), config)
-    return calibrate.finalize({"site": state}, {"site": "uniform"}, config)["site"]
+        state = site_statistics._update_uniform(state, jnp.asarray(x), config)
+    return site_statistics.finalize({"site": state}, {"site": "uniform"}, config)["site"]
 
 
 def squared_error(quantizer: Uniform, batches) -> float:
@@ -73,5 +73,5 @@ def test_unusable_statistics_are_refused():
 
 
 def test_a_finer_search_has_the_papers_candidates():
-    fine, paper = (calibrate.breakpoints(QuantConfig(hluq_fine=f)) for f in (True, False))
+    fine, paper = (site_statistics.breakpoints(QuantConfig(hluq_fine=f)) for f in (True, False))
     assert len(paper) == 9 and {tuple(c) for c in paper} < {tuple(c) for c in fine}

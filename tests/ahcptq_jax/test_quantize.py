@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ahcptq_jax import METHODS, W4A4, QuantConfig, calibrate, quantize
+from ahcptq_jax import METHODS, W4A4, QuantConfig, calibrate, quantize, site_statistics
 from ahcptq_jax import quantized as quantized_module
 from ahcptq_jax.quantized import Quantized, QuantizedWeight
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
@@ -386,7 +386,7 @@ def test_groups(groups, expected, metric):
         low, high = -rng.uniform(0, 3, channels), rng.uniform(0, 3, channels)
         sites[name] = Uniform.from_range(low, high, 4)
     config = QuantConfig(groups=groups, group_metric=metric)
-    grouped = calibrate.group_channels(sites, config)
+    grouped = site_statistics.group_channels(sites, config)
     assert set(grouped) == set(sites)
     for name, quantizer in grouped.items():
         channels = len(sites[name].scale)
@@ -405,7 +405,7 @@ def test_groups(groups, expected, metric):
             assert np.abs(shared - own).mean() <= np.abs(whole - own).mean() * 1.001
             if metric == "range":
                 assert (shared >= own * 0.999).all(), "no channel is cut off"
-    alone = calibrate.group_channels({"b": sites["b"]}, config)["b"]
+    alone = site_statistics.group_channels({"b": sites["b"]}, config)["b"]
     np.testing.assert_array_equal(np.asarray(alone.groups), np.asarray(grouped["b"].groups))
 
 
