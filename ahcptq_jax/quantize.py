@@ -96,8 +96,8 @@ def quantize_model(
         progress: shows bars on stderr.
         state_dir: where the encoder's statistics are kept after each image, and found again by a later run with the
             same arguments, which ends with the same result.
-        cache: passes of earlier runs over the same images, to which those of this run are added; the result is the
-            same without it.
+        cache: passes of earlier runs over the same images and weights that they quantized, to which those of this run
+            are added; the result is the same without it.
 
     Raises:
         ValueError: as `quantize`, or if a file in `state_dir` is damaged or another run's.
@@ -120,7 +120,9 @@ def quantize_model(
     if state_dir is not None:
         identity = checkpoints.fingerprint(_STATE_FORMAT, config, params, [item.canvas for item in items])
         saved = calibrate.SavedStatistics(Path(state_dir), identity)
-    if cache is not None:
+    if cache is None:
+        cache = StatisticsCache()
+    else:
         cache.enter(checkpoints.fingerprint(config.seed, params, [(item.canvas, item.boxes) for item in items]))
     canvases = bar([item.canvas for item in items], "calibrate encoder")
     activations, embeddings = calibrate.observe_encoder(sam, params, canvases, config, embed, saved, cache)
@@ -134,7 +136,11 @@ def quantize_model(
     flat = flatten(params)
     weights = {}
     for layer in bar(layers, "quantize weights"):
-        weights[layer] = quantize_weight(flat.pop(f"{layer}/kernel"), config)
+        kernel = flat.pop(f"{layer}/kernel")
+        key = (checkpoints.fingerprint(kernel), config.w_bits, config.weight_search)
+        if key not in cache.weights:
+            cache.weights[key] = quantize_weight(kernel, config)
+        weights[layer] = cache.weights[key]
     return Quantized(unflatten(flat), weights, activations, sam, config)
 
 

@@ -1,10 +1,12 @@
-"""Calibration statistics that outlive a run, so that many settings on one model pass over its images once."""
+"""What calibration has found and a later run can take over, so that many settings on one model find it once."""
 
 import dataclasses
 from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
+
+from ahcptq_jax.quantized import QuantizedWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Observed:
 
 @dataclasses.dataclass
 class StatisticsCache:
-    """Finished passes over the images by the floating-point model that was calibrated last.
+    """Finished passes over the images by the floating-point model that was calibrated last, and quantized weights.
 
     A pass is taken over whole, by runs whose own would be the same program: single sites' statistics would fit into
     others but for the rounding of what lies between them, which changes with the program. Another model, other images
@@ -31,10 +33,12 @@ class StatisticsCache:
     Attributes:
         identity: of the model, the images and the seed.
         passes: all that a pass depends on besides -> what it found.
+        weights: a kernel's content and how it was quantized -> its codes. They depend on no image, so they stay.
     """
 
     identity: str = ""
     passes: dict[Hashable, Observed] = dataclasses.field(default_factory=dict)
+    weights: dict[Hashable, QuantizedWeight] = dataclasses.field(default_factory=dict)
 
     def enter(self, identity: str) -> None:
         """Empties itself if it holds passes of another model or over other images."""

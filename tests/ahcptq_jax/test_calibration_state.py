@@ -1,6 +1,7 @@
 """A killed calibration goes on after its last finished image and ends with the same result."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,23 @@ def test_settings_share_what_was_observed(setting, whole, monkeypatch):
         assert len(cache.passes) == 4
         quantize_model(sam, params, images[:1], CONFIG, progress=False, cache=cache)
         assert count[0] == (2 * IMAGES + 1) * per_image and len(cache.passes) == 2, "other images replace all"
+
+
+def test_settings_share_quantized_weights(setting, whole, monkeypatch):
+    sam, params, images = setting
+    cache, searched = StatisticsCache(), []
+    quantize_module = importlib.import_module("ahcptq_jax.quantize")
+    quantize_weight = quantize_module.quantize_weight
+
+    def counting(*args: Any) -> Any:
+        searched.append(args)
+        return quantize_weight(*args)
+
+    monkeypatch.setattr(quantize_module, "quantize_weight", counting)
+    assert_same(quantize_model(*setting, CONFIG, progress=False, cache=cache), whole)
+    assert len(searched) == len(whole.weights)
+    other_images = quantize_model(sam, params, images[:1], CONFIG, progress=False, cache=cache)
+    assert len(searched) == len(whole.weights), "weights depend on no image"
+    assert_same(other_images.weights, whole.weights)
+    quantize_model(sam, params, images[:1], dataclasses.replace(CONFIG, w_bits=5), progress=False, cache=cache)
+    assert len(searched) == 2 * len(whole.weights), "other widths are other weights"
