@@ -143,8 +143,12 @@ def test_what_runs_is_the_float_model_on_decoded_weights_with_quantized_sites(w4
         quantizer = w4a4.activations.get(path)
         return value if quantizer is None else quantizer.decode(quantizer.encode(value))
 
-    with intercept_sites(handle):
-        embedding = w4a4.sam.apply({"params": params}, canvas, method="encode_image")
+    @jax.jit
+    def run(params):
+        with intercept_sites(handle):
+            return w4a4.sam.apply({"params": params}, canvas, method="encode_image")
+
+    embedding = run(params)
     actual = np.asarray(w4a4.encode_image(canvas))
     # Sums in another order now and then push a value over a rounding border; hence the mean and not the maximum.
     assert np.abs(actual - np.asarray(embedding)).mean() < 2e-3 * np.abs(actual).mean()
@@ -210,6 +214,7 @@ def test_activations_take_few_values_after_their_sites(w4a4, canvas):
         quantizer = w4a4.activations.get(path)
         if quantizer is None:
             return value
+        # Not jitted: a fused product and sum would differ from the table of values in the last bit.
         out = quantizer.fake_quant(value)
         seen[path] = np.asarray(out)
         return out
@@ -250,10 +255,10 @@ def test_more_bits_come_closer(tiny, w4a4, canvas):
     sam, params = tiny
     reference = SamModel(sam, params)
     errors = {}
-    for bits in (2, 4, 8):
+    for bits in (2, 8):  # those between: the slow test below
         config = dataclasses.replace(MINMAX, w_bits=bits, a_bits=bits)
         errors[bits] = relative_error(quantize(params, pictures(), config, sam=sam), reference, canvas)
-    assert errors[8] < 0.1 and errors[8] < errors[4] < errors[2], errors
+    assert errors[8] < 0.1 and errors[8] < errors[2], errors
     ours = relative_error(w4a4, reference, canvas)
     assert errors[8] < ours < 1.0, (ours, errors)
 
@@ -311,23 +316,31 @@ def test_ranges_do_not_depend_on_the_order_of_images(tiny):
 
 
 def test_ranges_are_the_mean_extremes_of_the_float_model(tiny):
-    """Against a plain run of the whole model, image by image, that no stage or jit takes part in."""
+    """Against a plain run of the whole model, image by image, that no stage takes part in."""
     sam, params = tiny
     config = dataclasses.replace(MINMAX, a_bits=8)
     found = quantize(params, pictures(), config, sam=sam).activations
     rng = np.random.default_rng(config.seed)
     extremes = {}
 
-    def note(path, value):
-        if path in found:
-            extremes.setdefault(path, []).append((float(value.min()), float(value.max())))
-        return value
+    @jax.jit
+    def run(canvas, boxes):
+        seen = {}
+
+        def note(path, value):
+            if path in found:
+                seen[path] = value.min(), value.max()
+            return value
+
+        with intercept_sites(note):
+            sam.apply({"params": params}, canvas, None, boxes)
+        return seen
 
     for index, item in enumerate(pictures()):
         prepared = quantize_module.prepare(index, item, sam, config, rng)
         canvas, boxes = jnp.asarray(prepared.canvas[None]), jnp.asarray(prepared.boxes)
-        with intercept_sites(note):
-            sam.apply({"params": params}, canvas, None, boxes)
+        for path, pair in run(canvas, boxes).items():
+            extremes.setdefault(path, []).append(pair)
     assert set(extremes) == set(found)
     for path, values in extremes.items():
         assert len(values) == 3
@@ -374,8 +387,11 @@ def _covering_step(channels):
 @pytest.mark.parametrize(
     ("groups", "expected", "metric"),
     [
-        *((groups, expected, "range") for groups, expected in ((0, None), (1, 1), (2, 2), (4, 4), (8, 8), (100, None))),
-        *((groups, groups, metric) for groups in (1, 4) for metric in ("paper", "normalized")),
+        *((groups, expected, "range") for groups, expected in ((0, None), (1, 1), (4, 4), (100, None))),
+        *((4, 4, metric) for metric in ("paper", "normalized")),
+        # Each number of groups is a compilation.
+        *(pytest.param(groups, groups, "range", marks=pytest.mark.slow) for groups in (2, 8)),
+        *(pytest.param(1, 1, metric, marks=pytest.mark.slow) for metric in ("paper", "normalized")),
     ],
 )
 def test_groups(groups, expected, metric):
