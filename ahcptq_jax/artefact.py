@@ -210,7 +210,10 @@ def load(path: str | os.PathLike[str], config: SamConfig | None = None) -> Quant
             wanted = config.to_dict()
             different = {name: value for name, value in found.to_dict().items() if value != wanted[name]}
             listed = ", ".join(f"{name}={value} (not {wanted[name]})" for name, value in different.items())
-            raise _Refused(f"is of another model, with {listed}; give the file of the model that is asked for")
+            raise _Refused(
+                f"is of another model, with {listed}; give the file of the model that is asked for, or ask for "
+                "that of the file (on the command line, with its floating-point weights: --checkpoint=…)"
+            )
         return _build(found, metadata, tensors)
     except _Refused as error:
         raise ValueError(f"Quantized model {path} {error}.") from None

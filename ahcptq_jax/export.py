@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import export as jax_export
 
 from ahcptq_jax.quantized import Quantized
+from sam_flax.tensor_files import write_whole
 
 
 def export_encoder(quantized: Quantized, platforms: Sequence[str] = ("cpu",)) -> bytes:
@@ -75,7 +76,11 @@ def export_decoder(
 
 
 def export(quantized: Quantized, folder: str | os.PathLike[str], platforms: Sequence[str] = ("cpu",)) -> None:
-    """Writes `encoder.jax` and `decoder.jax` (boxes to single masks) into a folder, which is made if absent."""
+    """Writes `encoder.jax` and `decoder.jax` (boxes to single masks) into a folder, which is made if absent.
+
+    Raises:
+        OSError: if the folder cannot be written; each file is there whole or not at all.
+    """
     folder = Path(folder)
     files = {
         "encoder.jax": export_encoder(quantized, platforms),
@@ -83,7 +88,7 @@ def export(quantized: Quantized, folder: str | os.PathLike[str], platforms: Sequ
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        (folder / name).write_bytes(data)
+        write_whole(folder / name, [data])
 
 
 def _serialize(function: Callable, platforms: Sequence[str], *shapes: jax.ShapeDtypeStruct) -> bytes:

@@ -25,6 +25,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments.benchmark_rows import ROWS, Row
+from experiments.command import finish
 from experiments.results import write_atomically, write_json
 
 # For PyTorch, what `allocator.keep_pages` is for ours: it would spend most of its time getting pages back.
@@ -230,30 +231,27 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> int:
+    return finish(argv, _command)
+
+
+def _command() -> int:
     values = flags.FLAGS
-    if len(argv) > 1:
-        print(f"Error: unexpected argument {argv[1]!r}; every option is a --flag.", file=sys.stderr)
-        return 2
-    try:
-        rows = chosen_rows(values.rows)
-        if values.against:
-            check_torch()
-        out = Path(values.out)
-        file = Path(values.json) if values.json else out / "benchmark.json"
+    rows = chosen_rows(values.rows)
+    if values.against:
+        check_torch()
+    out = Path(values.out)
+    file = Path(values.json) if values.json else out / "benchmark.json"
 
-        def save(document: dict[str, Any]) -> None:
-            write_json(file, document)
-            write_atomically(out / "benchmark.md", table(document))
+    def save(document: dict[str, Any]) -> None:
+        write_json(file, document)
+        write_atomically(out / "benchmark.md", table(document))
 
-        print(table(run(rows, values.repeats, values.against, values.toy, save)))
-    except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    print(table(run(rows, values.repeats, values.against, values.toy, save)))
     return 0
 
 
 def cli() -> None:
-    """Console entry."""
+    """What `python -m experiments.benchmark` runs."""
     define_flags()
     app.run(main)
 

@@ -22,6 +22,7 @@ from absl import app, flags
 import ahcptq_jax
 from ahcptq_jax import Quantized
 from experiments.benchmark_rows import peak_bytes
+from experiments.command import finish
 from experiments.made_up import random_quantized
 from experiments.results import write_atomically, write_json
 from sam_flax import CONFIGS, Sam, SamModel, load_sam, save_params
@@ -85,23 +86,23 @@ def main(argv: list[str]) -> int:
     if argv[1:2] == ["measure"]:
         print(json.dumps(measure(Path(argv[2]))))
         return 0
+    return finish(argv, _command)
+
+
+def _command() -> int:
     rows: dict[str, dict[str, float]] = {}
-    try:
-        names = flags.FLAGS.models.split(",")
-        if unknown := [name for name in names if name not in CONFIGS]:
-            raise ValueError(f"--models={flags.FLAGS.models} has {unknown[0]!r}; choose of {', '.join(CONFIGS)}.")
-        for name in names:
-            with tempfile.TemporaryDirectory() as folder:
-                print(f"{name}: writing its files", file=sys.stderr, flush=True)
-                _fresh("prepare", name, folder)
-                for kind in ("float", "w4a4"):
-                    print(f"{name} {kind}", file=sys.stderr, flush=True)
-                    rows[f"{name} {kind}"] = json.loads(_fresh("measure", str(Path(folder) / f"{kind}.safetensors")))
-        write_atomically(Path(flags.FLAGS.out) / "footprint.md", table(rows))
-        write_json(Path(flags.FLAGS.out) / "footprint.json", rows)
-    except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    names = flags.FLAGS.models.split(",")
+    if unknown := [name for name in names if name not in CONFIGS]:
+        raise ValueError(f"--models={flags.FLAGS.models} has {unknown[0]!r}; choose of {', '.join(CONFIGS)}.")
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{name}: writing its files", file=sys.stderr, flush=True)
+            _fresh("prepare", name, folder)
+            for kind in ("float", "w4a4"):
+                print(f"{name} {kind}", file=sys.stderr, flush=True)
+                rows[f"{name} {kind}"] = json.loads(_fresh("measure", str(Path(folder) / f"{kind}.safetensors")))
+    write_atomically(Path(flags.FLAGS.out) / "footprint.md", table(rows))
+    write_json(Path(flags.FLAGS.out) / "footprint.json", rows)
     print(table(rows))
     return 0
 

@@ -9,7 +9,6 @@ that the integer path should not have: a code, or a mask pixel whose logit is no
 """
 
 import dataclasses
-import sys
 import time
 from typing import Any
 
@@ -24,6 +23,7 @@ from ahcptq_jax import Quantized
 from ahcptq_jax.integer import integer_model
 from ahcptq_jax.quantize import quantize_model
 from experiments import coco
+from experiments.command import finish
 from experiments.made_up import random_quantized
 from experiments.main import calibration_set, evaluation_set, use_compilation_cache
 from experiments.options import Options
@@ -126,16 +126,15 @@ def report(quantized: Quantized, counts: Counts) -> str:
 
 
 def main(argv: list[str]) -> int:
-    del argv
+    return finish(argv, _command)
+
+
+def _command() -> int:
     values: dict[str, Any] = {name: flags.FLAGS[name].value for name in FLAGS}
-    try:
-        options = Options(**values)
-        start = time.perf_counter()
-        quantized = model_to_check(options, flags.FLAGS.random)
-        counts = check(quantized, options, plain=not flags.FLAGS.random)
-    except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    options = Options(**values)
+    start = time.perf_counter()
+    quantized = model_to_check(options, flags.FLAGS.random)
+    counts = check(quantized, options, plain=not flags.FLAGS.random)
     print(report(quantized, counts))
     print(f"{time.perf_counter() - start:.0f} seconds")
     return 1 if counts.codes_differing or counts.pixels_differing_far else 0

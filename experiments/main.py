@@ -35,7 +35,9 @@ from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.reconstruct import UnitReport, quantize_reconstructed
 from ahcptq_jax.statistics_cache import StatisticsCache
 from experiments import coco, devices, evaluate, report
+from experiments import options as options_module
 from experiments.allocator import keep_pages
+from experiments.command import finish
 from experiments.options import Options, define_flags, options_from_flags
 from experiments.report import panels
 from experiments.results import write_atomically, write_json
@@ -126,7 +128,7 @@ def run(
     out = Path(options.out)
     seconds: dict[str, float] = {}
     # Every input is looked at before the first long stage.
-    _check_writable(out)
+    check_writable(out, "--out")
     with _timed(seconds, "load"):
         sam, params = load_sam(options.checkpoint)
         params = make_harder(params, sam.config, options.harder)
@@ -137,8 +139,16 @@ def run(
         _check_images(dataset)
     _say(
         f"{options.checkpoint}: {sum(a.size for a in jax.tree.leaves(params)):,} parameters; "
-        f"{len(dataset.items)} images, {len(boxes)} boxes; calibration on {len(calib)} images."
+        f"evaluation on {len(dataset.items)} {_origin(options.images)} with {len(boxes)} boxes"
+        + (f"; calibration on {len(calib)} {_origin(options.calib_images)}." if calib else ".")
     )
+    notes = [*dataset.notes(), *boxes.notes]
+    if calib and options.images and not options.calib_images:
+        notes.append(
+            "calibrated on generated scenes but evaluated on photographs; for theirs, give --calib_images and "
+            "--calib_annotations."
+        )
+        _say(f"Note: {notes[-1]}")
     model_id = _fingerprint([np.asarray(leaf) for leaf in jax.tree.leaves(params)])
     fp_id = f"{model_id} {options.precision}"
     partial: list[Path] = []
@@ -174,6 +184,9 @@ def run(
                 quantized, units = _quantize(options, sam, params, calib, out / "partial", model_id, cache)
                 results["units"] = [dataclasses.asdict(unit) for unit in units]
                 out.mkdir(parents=True, exist_ok=True)
+                for old in ("results.json", "report.html", "flags.txt"):
+                    # Of an earlier run, whose model is overwritten here.
+                    (out / old).unlink(missing_ok=True)
                 quantized.save(artefact)
             # What is scored is what the file holds, its float part rounded as in the file.
             saved = ahcptq_jax.load(artefact)
@@ -208,7 +221,6 @@ def run(
     results["mIoU_note"] = fp.miou_note
     results["versions"] = {"ahcptq_jax": ahcptq_jax.__version__, "jax": jax.__version__, "numpy": np.__version__}
 
-    notes = [*dataset.notes(), *boxes.notes]
     write_atomically(out / "flags.txt", _flag_lines(options))
     if with_report:
         title = _title(options.model_name(), results["config"])
@@ -268,14 +280,14 @@ def _quantize(
     return quantized, units
 
 
-def _check_writable(out: Path) -> None:
-    """Raises ValueError if nothing can be written to `out`; leaves nothing behind."""
+def check_writable(folder: Path, flag: str) -> None:
+    """Raises ValueError if nothing can be written to the folder that a flag names; leaves nothing behind."""
     try:
-        nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=nearest):
             pass
     except OSError as error:
-        raise ValueError(f"--out={out} cannot be written ({error.strerror}); choose a writable folder.") from error
+        raise ValueError(f"{flag}={folder} cannot be written ({error.strerror}); choose a writable folder.") from error
 
 
 def _check_images(dataset: coco.CocoDataset) -> None:
@@ -317,6 +329,10 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+def _origin(folder: str) -> str:
+    return f"images of {folder}" if folder else "generated scenes"
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -341,25 +357,22 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        print(f"Error: unexpected argument {argv[1]!r}; every option is a --flag.", file=sys.stderr)
-        return 2
     # absl shows INFO, at which JAX tells of every accelerator that is absent.
     logging.getLogger("jax").setLevel(logging.WARNING)
+    return finish(argv, _command)
+
+
+def _command() -> int:
     values = flags.FLAGS
-    try:
-        options = options_from_flags()
-        devices.connect(values.coordinator, values.num_processes, values.process_id)
-        if helper := jax.process_index():
-            # All processes do all but the evaluation, whose images they share; process 0 alone leaves files.
-            options = dataclasses.replace(options, out=str(Path(options.out) / f"process_{helper}"))
-        results = run(options)
-        if helper:
-            shutil.rmtree(options.out)
-            return 0
-    except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    options = options_from_flags()
+    devices.connect(values.coordinator, values.num_processes, values.process_id)
+    if helper := jax.process_index():
+        # All processes do all but the evaluation, whose images they share; process 0 alone leaves files.
+        options = dataclasses.replace(options, out=str(Path(options.out) / f"process_{helper}"))
+    results = run(options)
+    if helper:
+        shutil.rmtree(options.out)
+        return 0
     print(summary(results))
     print(f"report: {Path(options.out) / 'report.html'}")
     return 0
@@ -374,9 +387,12 @@ def use_compilation_cache() -> None:
 
 
 def cli() -> None:
-    """Console entry."""
+    """What `python -m experiments.main` runs."""
     define_flags()
     devices.define_flags()
+    for module in (options_module, devices):
+        # Else --help would not show their flags.
+        flags.adopt_module_key_flags(module)
     use_compilation_cache()
     keep_pages()
     app.run(main)

@@ -79,6 +79,8 @@ class Options:
                 raise ValueError(f"--{name} is empty; leave it out for {getattr(type(self), name)!r}.")
         if self.artefact and self.method == "fp":
             raise ValueError("--artefact is a quantized model and --method=fp evaluates none; leave one of them out.")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"--granularity={self.granularity} is unknown; choose one of {', '.join(GRANULARITIES)}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"--precision={self.precision} is unknown; choose one of {', '.join(PRECISIONS)}.")
         if not 0 <= self.harder <= 4:

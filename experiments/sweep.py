@@ -4,16 +4,18 @@
         --iterations=200 --out=runs/sweep
 
 A method may be followed by what to switch off (`-cag`), on (`+hluq_fine`) or set (`+groups=8`): `ahcptq-hluq-cag` is
-ahcptq without HLUQ and CAG. Runs that `--records` (by default `<out>/records.jsonl`) has are not repeated, and one that
-was killed goes on. Writes `<out>/table.md`, whose second table has a column for each pair of widths, `<out>/table.csv`,
-`<out>/table.png` and a folder for every run, with its quantized model and, by `--reports`, its report. Every row says
-which model it is of.
+ahcptq without HLUQ and CAG. `--method`, `--w_bits`, `--a_bits` and `--seed` are the settings' own; every other flag of
+`experiments.main` holds for all of them. Runs that `--records` (by default `<out>/records.jsonl`) has are not repeated,
+and one that was killed goes on. Writes `<out>/table.md`, whose second table has a column for each pair of widths,
+`<out>/table.csv`, `<out>/table.png` and a folder for every run, with its quantized model and, by `--reports`, its
+report. Every row says which model it is of.
 """
 
 import csv
 import dataclasses
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,10 @@ from absl import app, flags
 from ahcptq_jax.config import METHODS
 from ahcptq_jax.statistics_cache import StatisticsCache
 from experiments import main as main_job
+from experiments import options as options_module
 from experiments import records
 from experiments.allocator import keep_pages
+from experiments.command import finish
 from experiments.options import Options, define_flags, options_from_flags
 from experiments.results import write_atomically
 from experiments.sweep_figure import draw
@@ -85,7 +89,8 @@ def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     Raises:
         ValueError: if the method, a switch or a value is unknown.
     """
-    method, *parts = re.split(r"(?=[-+])", text)
+    # Not at the sign of an exponent, as in +scale_rate=1e-3.
+    method, *parts = re.split(r"(?<!\de)(?=[-+])", text)
     if method not in METHODS:
         raise ValueError(f"--methods has {method!r}; choose of {', '.join(METHODS)}.")
     changes: list[tuple[str, Any]] = []
@@ -107,7 +112,7 @@ def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
 
 
 def parse_settings(methods: str, bits: str) -> list[Setting]:
-    """The settings named by the flags, bits outermost.
+    """The settings named by the flags, each once, bits outermost.
 
     Args:
         methods: e.g. "ahcptq,ahcptq-hluq-cag,minmax".
@@ -122,7 +127,7 @@ def parse_settings(methods: str, bits: str) -> list[Setting]:
             raise ValueError(f"--bits has {pair!r}; give two digits for each, weights and activations, like 44,66.")
         for text in methods.split(","):
             settings.append(Setting(text, *parse_method(text), int(pair[0]), int(pair[1])))
-    return settings
+    return list(dict.fromkeys(settings))
 
 
 def row(results: dict[str, Any]) -> Row:
@@ -162,8 +167,8 @@ def table_by_bits(settings: list[Setting], rows: dict[str, list[Row]]) -> str:
         model = next(iter(found.values()))[0]["model"]
         if model not in models:
             models.append(model)
-            (floating,) = rows[f"floating point:{model}"]
-            cells = " | ".join(f"{floating['AP']:.1f} | –" for _ in widths)
+            floating = _cell("AP", [run["AP"] for run in rows[f"floating point:{model}"]])
+            cells = " | ".join(f"{floating} | –" for _ in widths)
             lines.append(f"| {model} | floating point | {cells} |")
         cells = " | ".join(
             _cell(column, [run.get(column) for run in found.get(width, [])])
@@ -202,25 +207,41 @@ def sweep(
     Args:
         records_file: of the runs that are done, see `records`; by default in `out`.
         reports: makes every run's report.
+
+    Raises:
+        ValueError, FileNotFoundError: before the first run, if a setting has a value that cannot be, the records are
+            damaged or a folder cannot be written; else as `experiments.main.run`.
     """
     records_file = out / "records.jsonl" if records_file is None else records_file
     done = records.read(records_file)
+    runs = [(seed, setting, _options(setting, base, seed, out)) for seed in range(seeds) for setting in settings]
+    main_job.check_writable(out, "--out")
+    main_job.check_writable(records_file.parent, "--records")
+    kept = sum(records.key(options) in done for _, _, options in runs)
+    print(f"{kept} of {len(runs)} runs are in {records_file}.", file=sys.stderr, flush=True)
     rows: dict[str, list[Row]] = {}
     cache = StatisticsCache()
-    for seed in range(seeds):
-        for setting in settings:
-            options = setting.options(base, seed, out)
-            results = done.get(records.key(options))
-            if missing := results is None:
-                print(f"== {setting.name}, seed {seed}", file=sys.stderr, flush=True)
-                found = main_job.run(options, journal=out / "partial", cache=cache, with_report=reports)
-                results = records.add(records_file, options, found)
-            # A model's floating-point row stands before its first setting.
-            rows.setdefault(f"floating point:{results['model']}", [{**results["fp"], "model": results["model"]}])
-            rows.setdefault(setting.name, []).append(row(results))
-            if missing:
-                _write_tables(out, settings, rows)
+    for seed, setting, options in runs:
+        results = done.get(records.key(options))
+        if missing := results is None:
+            print(f"== {setting.name}, seed {seed}", file=sys.stderr, flush=True)
+            found = main_job.run(options, journal=out / "partial", cache=cache, with_report=reports)
+            results = records.add(records_file, options, found)
+        # A model's floating-point row stands before its first setting.
+        rows.setdefault(f"floating point:{results['model']}", [{**results["fp"], "model": results["model"]}])
+        rows.setdefault(setting.name, []).append(row(results))
+        if missing:
+            _write_tables(out, settings, rows)
+    # It serves interrupted sweeps only: a later one may be of other code.
+    shutil.rmtree(out / "partial", ignore_errors=True)
     return _write_tables(out, settings, rows)
+
+
+def _options(setting: Setting, base: Options, seed: int, out: Path) -> Options:
+    try:
+        return setting.options(base, seed, out)
+    except ValueError as error:
+        raise ValueError(f"--methods or --bits ask for {setting.name}: {error}") from error
 
 
 def _write_tables(out: Path, settings: list[Setting], rows: dict[str, list[Row]]) -> str:
@@ -232,23 +253,23 @@ def _write_tables(out: Path, settings: list[Setting], rows: dict[str, list[Row]]
 
 
 def main(argv: list[str]) -> int:
-    del argv
-    try:
-        settings = parse_settings(flags.FLAGS.methods, flags.FLAGS.bits)
-        base = options_from_flags()
-        if base.artefact:
-            raise ValueError("--artefact is one finished model and a sweep makes many; give it to experiments.main.")
-        values = flags.FLAGS
-        records_file = Path(values.records) if values.records else None
-        print(sweep(base, settings, values.seeds, Path(base.out), records_file, values.reports))
-    except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    return finish(argv, _command)
+
+
+def _command() -> int:
+    values = flags.FLAGS
+    settings = parse_settings(values.methods, values.bits)
+    base = options_from_flags()
+    if base.artefact:
+        raise ValueError("--artefact is one finished model and a sweep makes many; give it to experiments.main.")
+    records_file = Path(values.records) if values.records else None
+    print(sweep(base, settings, values.seeds, Path(base.out), records_file, values.reports))
     return 0
 
 
 if __name__ == "__main__":
     define_flags()
+    flags.adopt_module_key_flags(options_module)
     main_job.use_compilation_cache()
     keep_pages()
     flags.DEFINE_string("methods", ",".join(METHODS), "Methods, each with what to switch or set behind it.")

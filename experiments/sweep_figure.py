@@ -24,21 +24,22 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> bytes:
     FigureCanvasAgg(figure)
     every = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, model, panel in zip(every, models, panels, strict=True):
-        runs = {name: [r["AP"] for r in seeds] for name, seeds in panel.items() if not name.startswith("floating")}
+        runs = {name: _aps(seeds) for name, seeds in panel.items() if not name.startswith("floating")}
         means = [float(np.mean(values)) for values in runs.values()]
         spreads = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in runs.values()]
         places = np.arange(len(runs))
         errors = spreads if any(spreads) else None
         axes.barh(places, means, xerr=errors, color=_BAR, height=0.7, error_kw={"capsize": 2, "lw": 1})
         for place, mean, spread in zip(places, means, spreads, strict=True):
-            axes.text(mean + spread, place, f" {mean:.1f}", va="center", fontsize=8)
+            text = "no AP" if np.isnan(mean) else f"{mean:.1f}"
+            axes.text(np.nan_to_num(mean + spread), place, f" {text}", va="center", fontsize=8)
         axes.set_yticks(places, list(runs), fontsize=8)
         for name, seeds in panel.items():
-            if name.startswith("floating"):
-                axes.axvline(seeds[0]["AP"], color=_REFERENCE, lw=1, ls="--")
-                label = f"floating point {seeds[0]['AP']:.1f}"
+            if name.startswith("floating") and not np.isnan(ap := _aps(seeds)[0]):
+                axes.axvline(ap, color=_REFERENCE, lw=1, ls="--")
                 # Below the bars, so that it covers none.
-                axes.text(seeds[0]["AP"], len(runs) - 0.4, label, ha="right", va="top", fontsize=8, color=_REFERENCE)
+                label = f"floating point {ap:.1f}"
+                axes.text(ap, len(runs) - 0.4, label, ha="right", va="top", fontsize=8, color=_REFERENCE)
         axes.set_ylim(len(runs) + 0.2, -0.6)
         axes.set_xlim(0, None)
         axes.set_title(f"{model}: mask AP" + (", bars ± deviation over seeds" if any(spreads) else ""), fontsize=9)
@@ -46,3 +47,8 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
     return image.getvalue()
+
+
+def _aps(seeds: list[dict[str, Any]]) -> list[float]:
+    """AP of each seed; NaN where there was nothing to find, as on images whose objects are all crowds."""
+    return [np.nan if run["AP"] is None else run["AP"] for run in seeds]

@@ -341,7 +341,8 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> None:
-    del argv
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]!r} is an unexpected argument; every option is a --flag.")
     photographs: list[Photograph] = []
     if FLAGS.photo_images:
         photographs = load_photographs(Path(FLAGS.photo_images), Path(FLAGS.photo_segments), 2 * MINI.img_size)

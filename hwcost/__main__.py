@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from absl import app
+from absl import app, flags
 from PIL import Image
 
 import ahcptq_jax
 from ahcptq_jax.config import QuantConfig
+from hwcost import options as options_module
 from hwcost import page, study, tables
 from hwcost.codes import Histogram, load_histograms
 from hwcost.measure import measure_histograms
@@ -95,8 +96,9 @@ def main(argv: list[str]) -> int:
 
 
 def cli() -> None:
-    """Console entry."""
+    """What `python -m hwcost` runs."""
     define_flags()
+    flags.adopt_module_key_flags(options_module)  # else --help would not show them
     app.run(main, argv=with_foreign_flags(sys.argv))
 
 

@@ -1,15 +1,18 @@
 """The main job end to end on the model that ships, and what it says to inputs it cannot use."""
 
+import dataclasses
 import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,8 +20,10 @@ from safetensors.numpy import save_file
 
 from experiments import coco
 from experiments import main as main_job
+from experiments.command import finish
 from experiments.options import Options
 from hwcost.codes import histograms
+from hwcost.options import Options as HwcostOptions
 from sam_flax import CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -236,6 +241,26 @@ def test_unusable_flags_end_the_command(flag: str, tmp_path: Path) -> None:
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert flag.lstrip("-").split("=")[0] in done.stderr + done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["experiments.main", "experiments.sweep", "hwcost"])
+def test_help_lists_every_flag(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    kind = HwcostOptions if module == "hwcost" else Options
+    missing = [f.name for f in dataclasses.fields(kind) if not re.search(rf"--(\[no\])?{f.name}:", done.stdout)]
+    assert not missing, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_memory_that_runs_out_gets_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> int:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+    def broken() -> int:
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    assert finish(["x"], full) == 2 and "memory ran out" in capsys.readouterr().err
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        finish(["x"], broken)
 
 
 def test_inputs_are_checked_before_the_model_runs(

@@ -18,6 +18,7 @@ from experiments.options import Options
         ({"annotations": "a"}, "--images and --annotations belong together"),
         ({"calib_images": "a"}, "--calib_images and --calib_annotations belong together"),
         ({"scenes": "test"}, "--scenes=test is unknown; choose one of val, train"),
+        ({"granularity": "layer"}, "--granularity=layer is unknown; choose one of"),
         ({"precision": "int3"}, "--precision=int3 is unknown; choose one of float32, tensorfloat32, bfloat16"),
         ({"method": "magic"}, "--method=magic is unknown; choose one of fp, minmax"),
         ({"num_calib": 0}, "--num_calib=0 must be at least 1"),

@@ -30,6 +30,7 @@ def test_settings_are_parsed() -> None:
         ("ahcptq-groups=4", "44", "switch with"),
         ("ahcptq+groups", "44", "switch with"),
         ("ahcptq+groups=many", "44", "groups is a number"),
+        ("ahcptq+scale_rate=1e-x", "44", "scale_rate is a number"),
         ("ahcptq", "4", "two digits"),
         ("ahcptq", "4x", "two digits"),
     ],
@@ -49,6 +50,52 @@ def test_a_method_may_be_changed() -> None:
     assert (config.weight_search, config.act_range) == (False, "mse")
     assert options.iterations == 50 and options.harder == 1.5
     assert options.model_name() == "MINI, harder by 1.5"
+
+
+def test_exponents_keep_their_sign() -> None:
+    (setting,) = sweep.parse_settings("ahcptq-big+scale_rate=1e-3+rounding_rate=2e+1-cag", "44")
+    assert dict(setting.changes) == {"big": False, "scale_rate": 1e-3, "rounding_rate": 20.0, "cag": False}
+
+
+def test_a_setting_given_twice_is_run_once() -> None:
+    assert [s.name for s in sweep.parse_settings("ahcptq,minmax,ahcptq", "44,44")] == ["ahcptq_w4a4", "minmax_w4a4"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "bits", "message"),
+    [
+        ("minmax,minmax+group_metric=none", "44", "ask for minmax.group_metric=none_w4a4: group_metric"),
+        ("minmax,minmax+granularity=none", "44", "--granularity=none is unknown"),
+        ("minmax,minmax+harder=9", "44", "--harder=9.0 must lie"),
+        ("minmax", "44,99", "ask for minmax_w9a9"),
+    ],
+)
+def test_nothing_runs_if_one_setting_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: str, bits: str, message: str
+) -> None:
+    monkeypatch.setattr(sweep.main_job, "run", lambda *_, **__: pytest.fail("a run was started"))
+    with pytest.raises(ValueError, match=message):
+        sweep.sweep(Options(), sweep.parse_settings(methods, bits), 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_records_are_found_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep.main_job, "run", lambda *_, **__: pytest.fail("a run was started"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--records=.*cannot be written"):
+        settings = sweep.parse_settings("minmax", "44")
+        sweep.sweep(Options(), settings, 1, tmp_path / "out", tmp_path / "file" / "records.jsonl")
+
+
+def test_a_run_without_ap_is_shown() -> None:
+    nothing: dict[str, Any] = {"AP": None, "agreement_mIoU": None, "model": "MINI"}
+    rows = {"floating point:MINI": [nothing], "a_w4a4": [nothing, nothing]}
+    settings = [sweep.Setting("a", "x", (), 4, 4)]
+    assert sweep.table_by_bits(settings, rows).splitlines()[2:] == [
+        "| MINI | floating point | – | – |",
+        "| MINI | a | – | – |",
+    ]
+    assert Image.open(io.BytesIO(draw(rows))).format == "PNG"
 
 
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
