@@ -3,7 +3,7 @@
 A weight ``w`` becomes ``(clip(floor(w/s) + h(alpha) + z, 0, 2^b-1) - z) * s``. While it is learned, ``h`` is the
 rectified sigmoid, anywhere in 0..1; a regularizer drives it to the ends, and afterwards ``alpha >= 0`` decides.
 
-Source: official ``AdaRoundFakeQuantize`` and ``LinearTempDecay`` (METHOD 6).
+Source: official ``AdaRoundFakeQuantize`` and ``LinearTempDecay``.
 """
 
 import jax

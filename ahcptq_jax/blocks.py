@@ -6,6 +6,8 @@ of one shape are the same function and share a compilation.
 """
 
 import dataclasses
+import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -56,8 +58,10 @@ class Unit:
         members: the children of the prefix that belong to it; none means all.
         operation: what it computes.
         part: one of `PARTS`.
-        loss_axis: axis over which squared errors are summed before they are averaged: that which is second in the
-            official code (rows of the grid, tokens, and channels in the neck, whose channels come second there).
+        loss_axis: axis over which squared errors are summed before they are averaged: rows of the grid, tokens, and
+            channels in the neck, as in the official code (`lp_loss`), where they come second. Its windowed attention,
+            though, is a unit inside the windows: it sums over a window's rows, so that its error weighs less against
+            the regularizer, by window / grid, than ours.
     """
 
     name: str
@@ -196,7 +200,17 @@ def gather(rows: Iterable[Sequence[Any]], count: int, budget: int, directory: Pa
 
 
 def _on_disk(directory: Path | None, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     with tempfile.TemporaryFile(dir=directory) as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                # A file with holes would end the process without a word when the disk is full.
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        except OSError as error:
+            raise OSError(
+                f"{directory or tempfile.gettempdir()} has no room for {size:,} bytes of a unit's inputs "
+                f"({error.strerror}); free some there, or raise memory_budget."
+            ) from error
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
@@ -282,5 +296,5 @@ def align_signs(params: Params, quantized: Quantized) -> Params:
 
 
 def reconstruction_error(unit: Unit, output: np.ndarray, target: np.ndarray) -> float:
-    """``mean(sum_over_loss_axis((output - target)^2))`` (METHOD 6)."""
+    """``mean(sum_over_loss_axis((output - target)^2))``, official `lp_loss`."""
     return float(np.square(output - target).sum(unit.loss_axis).mean())

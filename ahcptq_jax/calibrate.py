@@ -260,9 +260,10 @@ def _decoder_inputs(embedding: np.ndarray, boxes: np.ndarray) -> tuple:
 def unify_keys(
     sam: Sam, params: Params, embeddings: Sequence[np.ndarray], prompts: Sequence[np.ndarray]
 ) -> tuple[Params, list[str]]:
-    """BIG: flips the signs of bimodal keys and of their queries (paper section on BIG; METHOD 4).
+    """BIG: flips the signs of bimodal keys and of their queries (paper section on BIG).
 
-    Judged on the first calibration image, as the official code does; the signs of channel means come from all.
+    Judged on the first calibration image with all its prompts (the official code: with its first); the signs of channel
+    means come from all images.
 
     Returns:
         Equivalent parameters, and the attentions that were flipped.

@@ -1,6 +1,8 @@
 """Saved states of a long run: named arrays in one file, complete or absent, tied to the run that they belong to."""
 
+import functools
 import hashlib
+import importlib.metadata
 import os
 import zipfile
 import zlib
@@ -10,6 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+import sam_flax
 
 _FINGERPRINT = "fingerprint"
 
@@ -30,11 +34,20 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
+def code_version() -> str:
+    """A digest of this package's and sam_flax's sources and of JAX's version: a run must not go on with other ones."""
+    digest = hashlib.sha256(importlib.metadata.version("jax").encode())
+    for package in (Path(__file__).parent, Path(sam_flax.__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def save(path: Path, identity: str, arrays: Mapping[str, Any]) -> None:
     """Writes arrays so that a reader, or a run killed meanwhile, finds the old file, none, or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Always of one name: what a killed run leaves of it is overwritten, and does not pile up.
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = _temporary(path)
     with open(temporary, "wb") as file:
         content: dict[str, Any] = {_FINGERPRINT: identity, **arrays}
         np.savez(file, **content)
@@ -43,11 +56,23 @@ def save(path: Path, identity: str, arrays: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def remove(path: Path) -> None:
+    """Removes a saved state, and what a run that was killed while it saved left of it."""
+    for leftover in (path, _temporary(path)):
+        leftover.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    # Always of one name: what a killed run leaves of it is overwritten, and does not pile up.
+    return path.with_name(f".{path.name}.part")
+
+
 def load(path: Path, identity: str) -> dict[str, np.ndarray] | None:
     """The arrays saved under this identity; None if there is no file.
 
     Raises:
         ValueError: if the file is damaged or belongs to another run.
+        PermissionError: if it may not be read.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -55,11 +80,15 @@ def load(path: Path, identity: str) -> dict[str, np.ndarray] | None:
         found = str(arrays.pop(_FINGERPRINT))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except PermissionError as error:
+        raise PermissionError(f"{path} may not be read; give its folder to this user, or another folder.") from error
+    # RuntimeError: a flipped bit may claim encryption, or a version of the format that is yet to come.
+    except (OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise damaged(path, str(error) or type(error).__name__) from error
     if found != identity:
         raise ValueError(
-            f"{path} was saved by a run with other weights, images or settings; give this run a folder of its own."
+            f"{path} was saved by a run with other weights, images or settings, or by other code; give this run a "
+            "folder of its own, or delete the file."
         )
     return arrays
 

@@ -1,6 +1,7 @@
 """What to quantize to, and which parts of the method are on."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -9,9 +10,23 @@ from ahcptq_jax.quantizers.base import MAX_BITS, MIN_BITS
 # Type of a field's default -> what it accepts, and how to say so.
 _ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int, np.integer), "a whole number"),
+    float: ((int, float, np.integer, np.floating), "a number"),
     bool: ((bool,), "True or False"),
     str: ((str,), "a text"),
+    tuple: ((tuple,), "a tuple"),
+    type(None): ((int, float, np.integer, np.floating, type(None)), "a number, or None"),
 }
+
+
+def check_types(record: Any) -> None:
+    """Raises ValueError if a field of a dataclass has another type than its default; see `_ACCEPTED`."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        accepted, kind = _ACCEPTED[type(field.default)]
+        # bool is an int to Python, and bits=True a mistake.
+        if not isinstance(value, accepted) or (bool not in accepted and isinstance(value, bool)):
+            raise ValueError(f"{field.name}={value!r} must be {kind}.")
+
 
 # How per-tensor ranges of activations are found.
 ACT_RANGES = ("minmax", "percentile", "mse")
@@ -33,7 +48,7 @@ class QuantConfig:
     agq: bool = True  # log2 softmax with adaptive granularity; else uniform
     groups: int = 4  # CAG groups G; 0 keeps every channel on its own
     group_metric: str = "range"  # what CAG clusters and a group shares: "paper", "normalized" or "range" (grouping)
-    # A uniform step that reaches the observed maximum instead of the paper's (METHOD 7).
+    # A uniform step that reaches the observed maximum instead of the paper's, which stays below it.
     hluq_reach_maximum: bool = False
     hluq_fine: bool = False  # search HLUQ's breakpoint on a finer grid than the paper's 9 pairs
     act_range: str = "minmax"  # per-tensor ranges of activations: "minmax", "percentile" or "mse", the latter by loss
@@ -44,12 +59,7 @@ class QuantConfig:
     seed: int = 0  # of the row and prompt subsampling
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            accepted, kind = _ACCEPTED[type(field.default)]
-            # bool is an int to Python, and bits=True a mistake.
-            if not isinstance(value, accepted) or (bool not in accepted and isinstance(value, bool)):
-                raise ValueError(f"{field.name}={value!r} must be {kind}.")
+        check_types(self)
         for name in ("w_bits", "a_bits"):
             if not MIN_BITS <= getattr(self, name) <= MAX_BITS:
                 raise ValueError(f"{name}={getattr(self, name)} must be a width from {MIN_BITS} to {MAX_BITS} bits.")

@@ -1,8 +1,8 @@
 """Learning the rounding and the scales of one unit: state, step, regrouping. Pure functions.
 
-QDrop (arXiv 2203.05740) with AdaRound weights, LSQ scales and the progressive grouping of CAG (METHOD 3 and 6). One
-compiled function runs any number of iterations of any unit of a shape: the number of iterations is traced, and groups
-of channels are kept in arrays with room for one group per channel.
+QDrop (arXiv 2203.05740) with AdaRound weights, LSQ scales and the progressive grouping of CAG. One compiled function
+runs any number of iterations of any unit of a shape: the number of iterations is traced, and groups of channels are
+kept in arrays with room for one group per channel.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import optax
 
 from ahcptq_jax import adaround, grouping
 from ahcptq_jax.blocks import GRANULARITIES, PARTS, Operation
+from ahcptq_jax.config import check_types
 from ahcptq_jax.quantized import QuantizedWeight
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform, fake_quant_lsq
 from ahcptq_jax.quantizers.base import MIN_SCALE
@@ -54,7 +55,7 @@ class ReconstructionConfig:
     200 iterations: 1e-2 and 1e-2.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, or the switches contradict each other.
     """
 
     iterations: int = PAPER_ITERATIONS  # per unit
@@ -82,6 +83,7 @@ class ReconstructionConfig:
     save_seconds: float = 300.0  # between saves inside a unit
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, least in (("iterations", 0), ("batch", 1), ("chunk", 1), ("memory_budget", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
@@ -100,6 +102,13 @@ class ReconstructionConfig:
             raise ValueError(f"granularity={self.granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}.")
         if unknown := sorted(set(self.parts) - set(PARTS)):
             raise ValueError(f"parts has {unknown[0]!r}; choose of {', '.join(PARTS)}.")
+        halves, chosen = {"encoder_attention", "encoder_mlp"}, set(self.parts)
+        asked, made = (halves, {"encoder_block"}) if self.granularity == "block" else ({"encoder_block"}, halves)
+        if asked & chosen and not made & chosen:
+            raise ValueError(
+                f"parts={self.parts} and granularity={self.granularity!r} leave the encoder's blocks as they are; name "
+                f"{' or '.join(sorted(made))} among the parts."
+            )
 
     def rates(self) -> tuple[float, float]:
         """Learning rates of rounding and of scales."""
@@ -247,6 +256,9 @@ def _mix(seed: Seed, value: jax.Array, instead: jax.Array, share: float) -> jax.
 
 def _dropping(quantizers: Mapping[str, Quantizer], seeds: jax.Array, share: float) -> Any:
     """A site handler: quantizes, with LSQ's gradients, all but a random `share` of the elements.
+
+    LSQ's factor takes the size of what passes at once: of an attention map that comes in pieces, a piece's. Adam does
+    not see the difference, but for its epsilon.
 
     Args:
         seeds: (sites, 2), for the sites in alphabetical order.

@@ -1,7 +1,9 @@
 """Quantization methods with reconstruction, each a record of switches over one code path.
 
-The baselines named after papers share our calibration, our units and our corrections (METHOD 7), and so differ from
-one another in what their papers propose and in nothing else.
+The baselines named after papers share our calibration, our units and our corrections, and so differ from one another in
+the switches below and in nothing else. They are not the papers' own programs: BRECQ's first learns rounding on
+unquantized activations and then their scales, where ours learns both at once, which is QDrop without drops; AdaRound's
+lets a layer see the quantized ones before it, where ours sees floating-point inputs.
 """
 
 import dataclasses

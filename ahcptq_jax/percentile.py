@@ -1,7 +1,7 @@
 """Percentile calibration of a per-tensor uniform quantizer: how much of each tail to cut off, chosen by loss.
 
-The official code computes the loss of every percentile and then always keeps the last one (METHOD 7); here the least
-loss wins. Streams like the searches of `search`: init, update, finalize.
+The official code computes the loss of every percentile and then always keeps the last one; here the least loss
+wins. Streams like the searches of `search`: init, update, finalize.
 """
 
 import functools

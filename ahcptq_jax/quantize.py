@@ -1,7 +1,7 @@
 """`quantize(params, calib)`: from a floating-point SAM and a few images to a `Quantized` one."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ from sam_flax.image_encoder import PatchEmbed
 from sam_flax.infer import infer_config
 from sam_flax.sam import Params, Sam, apply_embed
 
-_STATE_FORMAT = "calibration 1"
-
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationImage:
@@ -39,8 +37,15 @@ class CalibrationImage:
     boxes: np.ndarray
 
 
-def quantize(params: Params, calib: Iterable[Any], config: QuantConfig = W4A4, *, sam: Sam | None = None) -> Quantized:
-    """Quantizes a SAM, calibrated on a few images.
+def quantize(
+    params: Params,
+    calib: Iterable[Any],
+    config: QuantConfig = W4A4,
+    *,
+    sam: Sam | None = None,
+    progress: bool = True,
+) -> Quantized:
+    """Quantizes a SAM, calibrated on a few images; `quantize_reconstructed` goes on to learn rounding and scales.
 
     Args:
         params: parameters of a SAM, as `sam_flax.load_sam` returns them.
@@ -49,6 +54,7 @@ def quantize(params: Params, calib: Iterable[Any], config: QuantConfig = W4A4, *
         config: bits and switches.
         sam: the module; by default it is inferred from the parameters' shapes, with the 32 channels per decoder head
             that all SAMs have.
+        progress: shows bars on stderr.
 
     Returns:
         The quantized model, which `sam_flax.SamPredictor` takes as it is.
@@ -56,11 +62,15 @@ def quantize(params: Params, calib: Iterable[Any], config: QuantConfig = W4A4, *
     Raises:
         ValueError: if the parameters are no SAM's or not finite, or a calibration image or box is unusable.
     """
-    return quantize_model(_check_model(sam, params), params, calib, config, progress=False)
+    return quantize_model(check_model(sam, params), params, calib, config, progress=progress)
 
 
-def _check_model(sam: Sam | None, params: Params) -> Sam:
-    """The module that fits the parameters, which is `sam` if given."""
+def check_model(sam: Sam | None, params: Params) -> Sam:
+    """The module that fits the parameters, which is `sam` if given.
+
+    Raises:
+        ValueError: if the parameters are no SAM's or another SAM's.
+    """
     parts = ("image_encoder", "prompt_encoder", "mask_decoder")
     if not isinstance(params, Mapping) or not all(isinstance(params.get(part), Mapping) for part in parts):
         raise ValueError(
@@ -102,28 +112,60 @@ def quantize_model(
     Raises:
         ValueError: as `quantize`, or if a file in `state_dir` is damaged or another run's.
     """
-    _check_finite(params)
+    check_model(sam, params)
+    items = prepare_images(calib, sam, config)
+    return quantize_prepared(sam, params, items, config, progress=progress, state_dir=state_dir, cache=cache)
+
+
+def prepare_images(calib: Iterable[Any], sam: Sam, config: QuantConfig) -> list[CalibrationImage]:
+    """Checks all calibration items and moves them to the canvas; see `prepare`.
+
+    Raises:
+        ValueError: if there are none, or one is unusable.
+    """
     if not isinstance(calib, Iterable):
         raise ValueError(f"calib must be an iterable of images but is a {type(calib).__name__}; pass a list.")
     rng = np.random.default_rng(config.seed)
     items = [prepare(i, item, sam, config, rng) for i, item in enumerate(calib)]
     if not items:
         raise ValueError("There are no calibration images; give at least one, 32 are usual.")
+    return items
+
+
+def quantize_prepared(
+    sam: Sam,
+    params: Params,
+    items: Sequence[CalibrationImage],
+    config: QuantConfig,
+    *,
+    progress: bool,
+    state_dir: str | Path | None = None,
+    cache: StatisticsCache | None = None,
+) -> Quantized:
+    """`quantize_model` with the images on their canvases.
+
+    Raises:
+        ValueError: if a parameter is not finite, or a file in `state_dir` is damaged or another run's.
+    """
+    _check_finite(params)
 
     def bar(iterable: Iterable[Any], label: str) -> Iterable[Any]:
         return tqdm(iterable, desc=label, disable=not progress, mininterval=1)
 
-    # METHOD 6: statistics come from the floating-point model; BIG is done before the decoder is calibrated.
+    # As the paper's recipe: statistics come from the floating-point model; BIG is done before the decoder's.
     embed_params = {k: params["image_encoder"][k] for k in ("patch_embed", "pos_embed")}
     embed = partial(apply_embed, PatchEmbed(sam.config.patch_size, sam.config.embed_dim, parent=None), embed_params)
     saved = None
     if state_dir is not None:
-        identity = checkpoints.fingerprint(_STATE_FORMAT, config, params, [item.canvas for item in items])
+        identity = checkpoints.fingerprint(
+            checkpoints.code_version(), sam.config, config, params, [item.canvas for item in items]
+        )
         saved = calibrate.SavedStatistics(Path(state_dir), identity)
     if cache is None:
         cache = StatisticsCache()
     else:
-        cache.enter(checkpoints.fingerprint(config.seed, params, [(item.canvas, item.boxes) for item in items]))
+        inputs = [(item.canvas, item.boxes) for item in items]
+        cache.enter(checkpoints.fingerprint(sam.config, config.seed, params, inputs))
     canvases = bar([item.canvas for item in items], "calibrate encoder")
     activations, embeddings = calibrate.observe_encoder(sam, params, canvases, config, embed, saved, cache)
     boxes = [item.boxes for item in items]

@@ -1,10 +1,11 @@
-"""`reconstruct`: a calibrated model made better, unit by unit in forward order (METHOD 6).
+"""`reconstruct`: a calibrated model made better, unit by unit in forward order.
 
 Each unit is fitted to the floating-point model's output, on inputs from the finished, deterministic quantized model.
 What is done is kept in a folder: a run that is killed goes on there and ends with the same numbers.
 """
 
 import dataclasses
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ahcptq_jax import checkpoints, learning
+from ahcptq_jax import artefact, checkpoints, learning
 from ahcptq_jax.blocks import (
     Args,
     Dataset,
@@ -34,15 +35,13 @@ from ahcptq_jax.blocks import (
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.grouping import ladder_stages
 from ahcptq_jax.learning import ReconstructionConfig
-from ahcptq_jax.quantize import prepare, quantize_model
+from ahcptq_jax.quantize import check_model, prepare_images, quantize_prepared
 from ahcptq_jax.quantized import Quantized
 from ahcptq_jax.quantizers import Grouped, Quantizer
 from ahcptq_jax.sites import flatten, unflatten
 from ahcptq_jax.statistics_cache import StatisticsCache
 from sam_flax.image_encoder import PatchEmbed
 from sam_flax.sam import Params, Sam, apply_embed
-
-_FORMAT = "ahcptq_jax reconstruction 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def quantize_reconstructed(
     config: QuantConfig,
     reconstruction: ReconstructionConfig,
     *,
-    progress: bool = False,
+    progress: bool = True,
     state_dir: str | Path | None = None,
     on_unit: Callable[[UnitReport], None] | None = None,
     cache: StatisticsCache | None = None,
@@ -78,19 +77,29 @@ def quantize_reconstructed(
     """Calibrates as `quantize.quantize_model` does, then reconstructs; arguments as there and in `reconstruct`.
 
     Channels stay on their own in the calibration, and are grouped while they are learned.
+
+    Raises:
+        ValueError: as both of them.
     """
-    items = list(calib)
-    calibrated = quantize_model(
-        sam,
-        params,
-        items,
-        dataclasses.replace(config, groups=0),
-        progress=progress,
-        state_dir=None if state_dir is None else Path(state_dir) / "calibration",
-        cache=cache,
-    )
-    rng = np.random.default_rng(config.seed)
-    images = [prepare(i, item, sam, config, rng) for i, item in enumerate(items)]
+    check_model(sam, params)
+    images = prepare_images(calib, sam, config)
+    folder = None if state_dir is None else Path(state_dir)
+    start = dataclasses.replace(config, groups=0)
+    inputs = [(image.canvas, image.boxes) for image in images]
+    identity = checkpoints.fingerprint(checkpoints.code_version(), sam.config, start, params, inputs)
+    calibrated = None if folder is None else _load_calibrated(folder, identity)
+    if calibrated is None:
+        calibrated = quantize_prepared(
+            sam,
+            params,
+            images,
+            start,
+            progress=progress,
+            state_dir=None if folder is None else folder / "calibration",
+            cache=cache,
+        )
+        if folder is not None:
+            _save_calibrated(folder, identity, calibrated)
     return reconstruct(
         sam,
         params,
@@ -103,6 +112,31 @@ def quantize_reconstructed(
         state_dir=state_dir,
         on_unit=on_unit,
     )
+
+
+# The whole calibration is kept: a unit's identity rests on its last bits, which may be others on other processors.
+_CALIBRATED = "calibrated.npz"
+
+
+def _save_calibrated(folder: Path, identity: str, calibrated: Quantized) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        file = Path(scratch) / "calibrated.safetensors"
+        artefact.save(calibrated, file, remainder="fp32")
+        content = np.frombuffer(file.read_bytes(), np.uint8)
+    checkpoints.save(folder / _CALIBRATED, identity, {"artefact": content})
+
+
+def _load_calibrated(folder: Path, identity: str) -> Quantized | None:
+    path = folder / _CALIBRATED
+    arrays = checkpoints.load(path, identity)
+    if arrays is None:
+        return None
+    checkpoints.check_names(path, arrays, ["artefact"])
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "calibrated.safetensors"
+        file.write_bytes(arrays["artefact"].tobytes())
+        return artefact.load(file)
 
 
 def reconstruct(
@@ -143,7 +177,7 @@ def reconstruct(
     _check(quantized, images, boxes, target)
     run = _Run(align_signs(params, quantized), quantized, config, target, state_dir, on_unit)
     run.identity = checkpoints.fingerprint(
-        _FORMAT, config.result_settings(), target, params, quantized, list(images), list(boxes)
+        checkpoints.code_version(), config.result_settings(), target, params, quantized, list(images), list(boxes)
     )
     units = encoder_units(sam, config.granularity) + decoder_units(sam)
     total = config.iterations * sum(unit.part in config.parts for unit in units)
@@ -160,10 +194,25 @@ def _check(
         raise ValueError(f"There are {len(images)} calibration images and {len(boxes)} sets of boxes; give as many.")
     if len({np.shape(b) for b in boxes}) != 1:
         raise ValueError("Calibration images have different numbers of boxes; give each the same number.")
+    size = quantized.config.img_size
+    for index, image in enumerate(images):
+        if np.shape(image) != (size, size, 3) or np.asarray(image).dtype != np.float32 or not np.isfinite(image).all():
+            raise ValueError(
+                f"Calibration image {index} is no canvas; give ({size}, {size}, 3) finite float32 numbers, as "
+                "quantize.prepare makes them, or call quantize_reconstructed with the images themselves."
+            )
     have = quantized.quant_config
     if dataclasses.replace(target, groups=have.groups, group_metric=have.group_metric) != have:
         raise ValueError(
             "The model was calibrated with another configuration than the one to end with; calibrate anew."
+        )
+    grouped = have.cag and have.groups
+    if grouped and (
+        not 0 < target.groups <= grouped or (target.groups == grouped and target.group_metric != have.group_metric)
+    ):
+        raise ValueError(
+            f"The model was calibrated with {grouped} groups by {have.group_metric!r}, which cannot become "
+            f"{target.groups or 'one a channel'} by {target.group_metric!r}; calibrate with groups=0."
         )
 
 
@@ -221,6 +270,9 @@ class _Run:
         if path is None or arrays is None:
             return None
         report = self._unpack(unit, path, arrays)
+        if (partial_path := self.file(unit, "partial")) is not None:
+            # A run killed between saving the unit and this left it.
+            checkpoints.remove(partial_path)
         self.bar.update(self.config.iterations * (unit.part in self.config.parts))
         return report
 
@@ -230,7 +282,7 @@ class _Run:
         if path is not None:
             checkpoints.save(path, self.identity, self._pack(unit, report))
         if (partial_path := self.file(unit, "partial")) is not None:
-            partial_path.unlink(missing_ok=True)
+            checkpoints.remove(partial_path)
 
     def _pack(self, unit: Unit, report: UnitReport) -> dict[str, Any]:
         arrays: dict[str, Any] = {"errors": np.array([report.before, report.after])}
@@ -306,7 +358,8 @@ def _reconstruct_decoder(
         report = run.load(unit)
         if report is None:
             weights = {path: w for path, w in run.weights.items() if path.startswith(parts)}
-            activations = {path: q for path, q in run.activations.items() if path.startswith(parts)}
+            # With room for all groups, so that what the units before have grouped is no other program.
+            activations = {path: learning.roomy(q) for path, q in run.activations.items() if path.startswith(parts)}
 
             def rows(unit: Unit = unit, weights: Any = weights, activations: Any = activations) -> Iterator[Args]:
                 for clean, noisy, prompts in zip(original, current, boxes, strict=True):

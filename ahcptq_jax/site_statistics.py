@@ -87,7 +87,9 @@ def update_statistics(
     bits = config.a_bits
     if path.endswith("/softmax"):
         operands = captured[path.removesuffix("softmax") + "operands"]
-        probabilities, values = attention_map(operands, config.softmax_rows, key)
+        # Of a plain minimum and maximum no query is left out; what searches takes those that were drawn.
+        every = kind == "uniform" and config.act_range == "minmax"
+        probabilities, values = attention_map(operands, 0 if every else config.softmax_rows, key)
         if kind == "log2":
             return search.softmax_update(state, probabilities, values, 2**bits - 1)
         return _update_uniform(state, probabilities, config)

@@ -28,7 +28,7 @@ class StatisticsCache:
 
     A pass is taken over whole, by runs whose own would be the same program: single sites' statistics would fit into
     others but for the rounding of what lies between them, which changes with the program. Another model, other images
-    or another seed take the place of everything.
+    or another seed take the place of all passes.
 
     Attributes:
         identity: of the model, the images and the seed.
@@ -41,6 +41,6 @@ class StatisticsCache:
     weights: dict[Hashable, QuantizedWeight] = dataclasses.field(default_factory=dict)
 
     def enter(self, identity: str) -> None:
-        """Empties itself if it holds passes of another model or over other images."""
+        """Drops the passes of another model or over other images."""
         if identity != self.identity:
             self.identity, self.passes = identity, {}

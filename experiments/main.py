@@ -29,6 +29,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 import ahcptq_jax
+from ahcptq_jax import checkpoints
 from ahcptq_jax.harder import make_harder
 from ahcptq_jax.quantize import quantize_model
 from ahcptq_jax.quantized import Quantized
@@ -152,11 +153,12 @@ def run(
     model_id = _fingerprint([np.asarray(leaf) for leaf in jax.tree.leaves(params)])
     fp_id = f"{model_id} {options.precision}"
     partial: list[Path] = []
+    state: Path | None = None
 
     def score(name: str, model: Any, identity: str, blank: bool = False) -> evaluate.EvaluationResult:
         label = f"{name} (blank images)" if blank else name
         # The name tells everything apart, so that another run into the same folder starts its own file.
-        where = hashlib.sha256(f"{identity} {dataset.fingerprint} {boxes.fingerprint}".encode()).hexdigest()[:12]
+        where = _short(f"{identity} {dataset.fingerprint} {boxes.fingerprint}")
         file = (journal or out / "partial") / f"{name}-{'blank' if blank else 'real'}-{where}.jsonl"
         partial.append(file)
         return evaluate.evaluate(
@@ -181,7 +183,8 @@ def run(
         artefact = Path(options.artefact or out / "quantized.safetensors")
         if saved is None:
             with _timed(seconds, "quantize"):
-                quantized, units = _quantize(options, sam, params, calib, out / "partial", model_id, cache)
+                state = out / "partial" / _state_name(options, calib, model_id)
+                quantized, units = _quantize(options, sam, params, calib, state, cache)
                 results["units"] = [dataclasses.asdict(unit) for unit in units]
                 out.mkdir(parents=True, exist_ok=True)
                 for old in ("results.json", "report.html", "flags.txt"):
@@ -230,9 +233,9 @@ def run(
         # They serve interrupted runs only: a later run may be one of other code.
         for file in partial:
             file.unlink(missing_ok=True)
-    for stage in ("calibration", "reconstruction"):
-        for folder in (out / "partial").glob(f"{stage}-*"):
-            shutil.rmtree(folder)
+    if state is not None:
+        # Its own alone: another run into this folder may be under way, or waiting to go on.
+        shutil.rmtree(state, ignore_errors=True)
     if (out / "partial").exists() and not any((out / "partial").iterdir()):
         (out / "partial").rmdir()
     return results
@@ -248,23 +251,30 @@ def code_histograms(model: Quantized, dataset: coco.CocoDataset, boxes: coco.Box
     return to_json(measure_histograms(model, images, [prompts[item.image_id] for item in items]))
 
 
+def _state_name(options: Options, calib: list[Any], model_id: str) -> str:
+    """Of the folder of a run's state. It tells everything apart, so that a run that differs in anything starts anew."""
+    config, reconstruction = options.quant_config(), options.reconstruction_config()
+    images = _fingerprint([np.asarray(array) for item in calib for array in item])
+    parts = f"{checkpoints.code_version()} {model_id} {images} {config} {reconstruction}"
+    return f"{'calibration' if reconstruction is None else 'reconstruction'}-{_short(parts)}"
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def _quantize(
     options: Options,
     sam: Sam,
     params: Params,
     calib: list[Any],
-    partial: Path,
-    model_id: str,
+    state: Path,
     cache: StatisticsCache | None = None,
 ) -> tuple[Quantized, list[UnitReport]]:
-    """The quantized model and, where the method learns, how each unit went; a killed run goes on in `partial`."""
+    """The quantized model and, where the method learns, how each unit went; a killed run goes on in `state`."""
     config, reconstruction = options.quant_config(), options.reconstruction_config()
-    images = _fingerprint([np.asarray(array) for item in calib for array in item])
-    # The name tells everything apart, so that a run with other flags into the same folder starts anew.
-    identity = hashlib.sha256(f"{model_id} {images} {config} {reconstruction}".encode()).hexdigest()[:12]
     if reconstruction is None:
-        folder = partial / f"calibration-{identity}"
-        return quantize_model(sam, params, calib, config, progress=True, state_dir=folder, cache=cache), []
+        return quantize_model(sam, params, calib, config, progress=True, state_dir=state, cache=cache), []
     units: list[UnitReport] = []
     quantized = quantize_reconstructed(
         sam,
@@ -273,7 +283,7 @@ def _quantize(
         config,
         reconstruction,
         progress=True,
-        state_dir=partial / f"reconstruction-{identity}",
+        state_dir=state,
         on_unit=units.append,
         cache=cache,
     )

@@ -1,4 +1,4 @@
-"""The recipe against METHOD 5: what every tensor of real models gets, and that no rule is idle."""
+"""The recipe: what every tensor of real models gets, and that no rule is idle."""
 
 import dataclasses
 import re
@@ -38,7 +38,7 @@ DECODER_MLP = {"lin1/input": "grouped", "lin2/input": "hybrid"}
 
 
 def expected_kinds(config: SamConfig) -> dict[str, str]:
-    """METHOD 5 written out for a model, site by site."""
+    """The official recipe written out for a model, site by site."""
     places = [(f"image_encoder/blocks_{i}", ENCODER_BLOCK) for i in range(config.depth)]
     places.append(("image_encoder/neck", NECK))
     transformer = "mask_decoder/transformer"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ahcptq_jax import blocks, checkpoints, learning
+from ahcptq_jax import adaround, blocks, checkpoints, learning
 from ahcptq_jax import reconstruct as job
 from ahcptq_jax.blocks import GRANULARITIES, PARTS, decoder_units, encoder_units, run_unit
 from ahcptq_jax.config import QuantConfig
@@ -108,9 +108,10 @@ def calibrate(sam, params, images, boxes):
                 channels = Uniform.from_range(low[path], high[path], 4)
                 activations[path] = Grouped(channels.scale, channels.zero_point, jnp.arange(low[path].size), 4)
             case "hybrid":
-                activations[path] = Hybrid.from_range(a, b - a, 0.3, 0.25, 4)
+                # Below the maximum: where nothing is cut off, its logarithmic scale has no gradient, nor has log2's.
+                activations[path] = Hybrid.from_range(a, 0.7 * (b - a), 0.3, 0.25, 4)
             case "log2":
-                activations[path] = Log2(jnp.float32(b), jnp.int32(2), 4)
+                activations[path] = Log2(jnp.float32(0.7 * b), jnp.int32(2), 4)
     flat, weights = flatten(params), {}
     for site in activations:
         if (layer := weight_path(site)) is not None:
@@ -149,9 +150,23 @@ def finished(run, compilations):
     """The result, and the report of every unit."""
     reports = []
     learning.advance.clear_cache()
+    blocks.capture_decoder.clear_cache()
     result = run(on_unit=reports.append)
     compilations["steps"] = learning.advance._cache_size()
+    compilations["captures"] = blocks.capture_decoder._cache_size()
     return result, reports
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The reports of `untouched`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def untouched(run, plain):
+    """Grouped as `finished`, but nothing learned."""
+    return run(on_unit=plain.append, parts=())
 
 
 def assert_same(a: Quantized, b: Quantized) -> None:
@@ -248,14 +263,26 @@ def test_rounding_and_scales_were_learned(finished, calibrated):
         assert 0 < changed < 0.5, layer
         # A weight goes to one of its two neighbours.
         assert np.abs(np.asarray(weight.codes(), int) - np.asarray(before.codes(), int)).max() == 1
+    kinds = set()
     for path, quantizer in quantized.activations.items():
-        if isinstance(quantizer, Uniform):
-            assert float(quantizer.scale) != float(calibrated.activations[path].scale), path
+        before = calibrated.activations[path]
+        kinds.add(type(quantizer))
+        for name in job._arrays_of(quantizer).keys() - {"groups"}:
+            if isinstance(quantizer, Grouped):
+                continue  # grouping alone changes it: see below
+            same = np.array_equal(getattr(quantizer, name), getattr(before, name))
+            assert same != (name in ("scale", "scale_log", "scale_uniform")), f"{path} {name}"
+    assert kinds == {Uniform, Grouped, Log2, Hybrid}
 
 
-def test_learning_lowers_the_errors(run, finished):
-    plain: list[job.UnitReport] = []
-    untouched = run(on_unit=plain.append, parts=())
+def test_scales_of_groups_were_learned(finished, untouched):
+    grouped = {path: q for path, q in finished[0].activations.items() if isinstance(q, Grouped)}
+    for path, quantizer in grouped.items():
+        assert (np.asarray(quantizer.scale) != np.asarray(untouched.activations[path].scale)).all(), path
+    assert len(grouped) > 10
+
+
+def test_learning_lowers_the_errors(finished, plain, untouched):
     learned = finished[1]
     better = [a.after < b.after for a, b in zip(learned, plain, strict=True)]
     assert sum(better) >= len(better) - 2
@@ -268,6 +295,8 @@ def test_each_shape_is_compiled_once(finished, compilations):
     del finished
     # Attention windowed and global, MLP, neck; in the decoder self, token to image (twice), image to token, MLP.
     assert compilations["steps"] == 8
+    # Floating-point and quantized, whatever has been grouped.
+    assert compilations["captures"] == 2
 
 
 # --- Learning ---------------------------------------------------------------------------------------------------------
@@ -304,6 +333,40 @@ def test_loss_is_the_papers(sam, params, calibrated, power):
         config=config,
     )
     np.testing.assert_allclose(losses, [expected, 0], rtol=1e-4)
+
+
+def test_the_regularizer_is_on_after_the_warm_up(sam, params, calibrated):
+    """With learning rates of zero, its mean over the iterations follows from the alphas of the start."""
+    unit = next(u for u in encoder_units(sam) if u.part == "encoder_mlp")
+    config = ReconstructionConfig(iterations=10, rounding_rate=0, scale_rate=0, warmup=0.5, rounding_weight=0.3)
+    own = unflatten(unit.own(flatten(params)))
+    x = np.random.default_rng(0).normal(size=(1, 1, 4, 4, 16)).astype(np.float32)
+
+    def penalty(first: int, last: int) -> float:
+        problem, state = learning.start(own, unit.own(calibrated.weights), unit.own(calibrated.activations), config)
+        _, losses = learning.advance(
+            problem,
+            state,
+            ((x,), (x,), x),
+            jnp.zeros((10, 1), jnp.int32),
+            jnp.int32(first),
+            jnp.int32(last),
+            jax.random.key(0),
+            operation=unit.operation,
+            loss_axis=unit.loss_axis,
+            config=config,
+        )
+        return float(losses[1])
+
+    assert penalty(0, 4) == 0
+    _, state = learning.start(own, unit.own(calibrated.weights), unit.own(calibrated.activations), config)
+    # Iterations are counted from 1 there; the exponent falls from 20 to 2 between the fifth and the tenth.
+    expected = [
+        0.3 * sum(np.sum(1 - np.abs(2 * np.asarray(adaround.rectified_sigmoid(a)) - 1) ** beta) for a in alphas)
+        for alphas in [state.rounding.values()]
+        for beta in (2 + 18 * (1 - (done - 5) / 5) for done in range(5, 10))
+    ]
+    np.testing.assert_allclose(penalty(4, 9), np.mean(expected), rtol=1e-4)
 
 
 def test_whole_blocks_learn(run, sam):
@@ -397,6 +460,99 @@ def test_a_foreign_state_is_refused(run, interrupted):
         run(interrupted, seed=1)
 
 
+def test_a_state_of_other_code_is_refused(run, interrupted, monkeypatch):
+    monkeypatch.setattr(checkpoints, "code_version", lambda: "another")
+    with pytest.raises(ValueError, match="or by other code"):
+        run(interrupted)
+
+
+def test_every_flipped_bit_of_an_archives_directory_gets_a_sentence(tmp_path):
+    path = tmp_path / "state.npz"
+    checkpoints.save(path, "run", {"a": np.arange(4)})
+    content = path.read_bytes()
+    refused = 0
+    for place in range(content.rindex(b"PK\x01\x02"), len(content)):
+        for bit in range(8):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            try:
+                arrays = checkpoints.load(path, "run")
+            except ValueError as error:
+                assert "state.npz is damaged" in str(error) or "other code" in str(error)
+                refused += 1
+            else:
+                # Dates, attributes and the like, of which nothing depends.
+                assert arrays is not None and arrays["a"].tolist() == [0, 1, 2, 3]
+    assert refused > 100
+
+
+def test_a_damaged_intermediate_state_is_refused(run, tmp_path, monkeypatch):
+    class Saved(Exception):
+        pass
+
+    def save(path: Path, identity: str, arrays) -> None:
+        original(path, identity, arrays)
+        raise Saved
+
+    original = checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", save)
+        with pytest.raises(Saved):
+            run(tmp_path, save_seconds=0.0)
+    (path,) = tmp_path.glob("*.partial.npz")
+    with np.load(path) as file:
+        arrays = dict(file)
+    identity = str(arrays.pop("fingerprint"))
+    name = max(arrays, key=lambda n: arrays[n].size)
+    for changed in ({name: arrays[name].ravel()[1:]}, {name: arrays[name].astype(np.float64)}):
+        original(path, identity, arrays | changed)
+        with pytest.raises(ValueError, match="partial.npz is damaged .an array has a wrong shape"):
+            run(tmp_path)
+    original(path, identity, {n: a for n, a in arrays.items() if n != name})
+    with pytest.raises(ValueError, match="is missing or not expected"):
+        run(tmp_path)
+
+
+def test_a_finished_unit_of_wrong_content_is_refused(run, interrupted):
+    (path,) = interrupted.iterdir()
+    with np.load(path) as file:
+        arrays = dict(file)
+    identity = str(arrays.pop("fingerprint"))
+    codes = next(name for name in arrays if name.startswith("codes/"))
+    scale = next(name for name in arrays if name.endswith("/scale"))
+    for name, value, message in (
+        (codes, arrays[codes][1:], "the codes of .* have a wrong shape"),
+        (scale, -arrays[scale], "scale"),
+        (scale, np.full_like(arrays[scale], np.nan), "scale"),
+    ):
+        checkpoints.save(path, identity, arrays | {name: value})
+        with pytest.raises(ValueError, match=f"attn.done.npz is damaged .*{message}"):
+            run(interrupted)
+
+
+def test_a_save_that_is_cut_off_leaves_the_old_state(tmp_path, monkeypatch):
+    path = tmp_path / "state.npz"
+    checkpoints.save(path, "run", {"a": np.arange(4)})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            checkpoints.save(path, "run", {"a": np.arange(9)})
+    found = checkpoints.load(path, "run")
+    assert found is not None and found["a"].size == 4
+    checkpoints.save(path, "run", {"a": np.arange(9)})
+    assert [p.name for p in tmp_path.iterdir()] == ["state.npz"]
+
+
+def test_a_full_disk_gets_a_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        OSError, match="has no room for 96 bytes of a unit's inputs .No space left.*raise memory_budget"
+    ):
+        blocks.gather([(np.zeros((2, 3)),)] * 4, 4, 0, tmp_path)
+
+
 _SCRIPT = """
 import sys
 sys.path.insert(0, {here!r})
@@ -450,6 +606,62 @@ def test_arguments_that_do_not_belong_together_are_refused(sam, params, calibrat
         start(target=dataclasses.replace(TARGET, a_bits=5))
     with pytest.raises(ValueError, match="not those that were quantized"):
         start(params=sam.init_params(jax.random.key(4)))
+    for image in (np.zeros((32, 32, 3), np.uint8), images[0][:16], np.full_like(images[0], np.nan)):
+        with pytest.raises(ValueError, match="Calibration image 1 is no canvas"):
+            start(images=[images[0], image, images[2]])
+    some = dataclasses.replace(calibrated, quant_config=dataclasses.replace(START, groups=4))
+    for changes in ({"groups": 8}, {"groups": 0}, {"groups": 4, "group_metric": "paper"}):
+        with pytest.raises(ValueError, match="calibrate with groups=0"):
+            reconstruct(sam, params, some, images, boxes, CONFIG, target=dataclasses.replace(START, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iterations": 2e4}, "iterations=20000.0 must be a whole number"),
+        ({"iterations": "200"}, "iterations='200' must be a whole number"),
+        ({"learn_scales": 1}, "learn_scales=1 must be True or False"),
+        ({"scale_rate": "fast"}, "scale_rate='fast' must be a number, or None"),
+        ({"parts": "neck"}, "parts='neck' must be a tuple"),
+        ({"granularity": "block", "parts": ("encoder_mlp",)}, "name encoder_block among the parts"),
+        ({"parts": ("encoder_block",)}, "name encoder_attention or encoder_mlp among the parts"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ReconstructionConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"params": {}}, "params must be the nested parameters of a SAM"), ({"calib": None}, "calib must be an iterable")],
+)
+def test_the_whole_job_checks_its_arguments(sam, params, images, given, message):
+    arguments = {"params": params, "calib": [np.zeros((8, 8, 3), np.uint8)]} | given
+    with pytest.raises(ValueError, match=message):
+        job.quantize_reconstructed(sam, **arguments, config=TARGET, reconstruction=CONFIG)
+
+
+def test_a_finished_calibration_is_taken_over(sam, params, calibrated, tmp_path, monkeypatch):
+    """What was saved is the calibration, bit by bit; a damaged or foreign one is refused."""
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    calls, seen = [], []
+    monkeypatch.setattr(job, "quantize_prepared", lambda *_, **__: calls.append(1) or calibrated)
+    monkeypatch.setattr(job, "reconstruct", lambda *args, **_: seen.append(args[2]) or args[2])
+
+    def start(calib):
+        return job.quantize_reconstructed(sam, params, calib, TARGET, CONFIG, state_dir=tmp_path)
+
+    tmp_path.mkdir(exist_ok=True)
+    start([image])
+    start([image])
+    assert len(calls) == 1 and len(seen) == 2
+    assert_same(seen[1], calibrated)
+    with pytest.raises(ValueError, match="other weights, images or settings"):
+        start([image[::-1]])
+    (tmp_path / "calibrated.npz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="calibrated.npz is damaged"):
+        start([image])
 
 
 # --- Measurements, run by name with `-m slow -s` ----------------------------------------------------------------------
