@@ -28,6 +28,11 @@ def draw_rows(available: int, rows: int, key: jax.Array) -> jax.Array | None:
     return jnp.sort(jax.random.choice(key, available, (rows,), replace=False))
 
 
+def draws_queries(kind: Kind, config: QuantConfig) -> bool:
+    """Whether a softmax's statistics are of drawn queries. A plain minimum and maximum leaves none out."""
+    return kind != "uniform" or config.act_range != "minmax"
+
+
 def attention_map(operands: tuple[jax.Array, ...], rows: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Probabilities and values of an attention, for at most `rows` queries drawn by `key` (0: all).
 
@@ -87,9 +92,8 @@ def update_statistics(
     bits = config.a_bits
     if path.endswith("/softmax"):
         operands = captured[path.removesuffix("softmax") + "operands"]
-        # Of a plain minimum and maximum no query is left out; what searches takes those that were drawn.
-        every = kind == "uniform" and config.act_range == "minmax"
-        probabilities, values = attention_map(operands, 0 if every else config.softmax_rows, key)
+        rows = config.softmax_rows if draws_queries(kind, config) else 0
+        probabilities, values = attention_map(operands, rows, key)
         if kind == "log2":
             return search.softmax_update(state, probabilities, values, 2**bits - 1)
         return _update_uniform(state, probabilities, config)

@@ -22,7 +22,22 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", float(_CACHE_FRO
 jax.config.update("jax_default_matmul_precision", "highest")
 
 DATA = Path(__file__).parent / "data"
+# The files that take longest: a worker that began one of them last would keep all others waiting.
+LONGEST = (
+    "test_main",
+    "test_quantize",
+    "test_reconstruct",
+    "test_devices",
+    "test_artefact",
+    "test_export",
+    "test_integer",
+)
 Arrays = dict[str, np.ndarray]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, for `--dist loadfile --no-loadscope-reorder`."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

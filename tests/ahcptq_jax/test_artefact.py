@@ -17,7 +17,7 @@ import ahcptq_jax
 from ahcptq_jax import artefact
 from ahcptq_jax.quantized import Quantized, QuantizedWeight
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
-from sam_flax import MINI, VIT_B, SamPredictor, load_sam, save_params
+from sam_flax import MINI, VIT_B, load_sam, save_params
 from sam_flax.parameters import parameter_shapes
 from sam_flax.sam import Sam
 
@@ -44,19 +44,12 @@ def same(first, second):
     return all(a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b) for a, b in pairs)
 
 
-def outputs(model):
-    size = model.config.img_size
-    image = jnp.asarray(np.random.default_rng(7).normal(0, 1, (1, size, size, 3)).astype(np.float32))
-    return model.decode(model.encode_image(image), None, jnp.asarray([[10.0, 12, 70, 80]]), None, False)
-
-
 # --- Round trip -------------------------------------------------------------------------------------------------------
 
 
 def test_fp32_is_the_model_bit_for_bit(tiny_quantized, files):
     loaded = ahcptq_jax.load(files / "fp32.safetensors")
     assert same(loaded, tiny_quantized)
-    assert same(outputs(loaded), outputs(tiny_quantized))
 
 
 def test_fp16_rounds_the_float_part_alone(tiny_quantized, files):
@@ -75,13 +68,6 @@ def test_equal_models_are_equal_files_and_saving_replaces(tiny_quantized, files,
     ahcptq_jax.load(files / "fp16.safetensors").save(path)
     assert path.read_bytes() == blob
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
-
-
-def test_the_predictor_takes_a_loaded_model(files):
-    predictor = SamPredictor(ahcptq_jax.load(files / "fp16.safetensors"))
-    predictor.set_image(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
-    masks, _, _ = predictor.predict(box=np.array([5, 5, 50, 50]), multimask_output=False)
-    assert masks.shape == (1, 60, 80)
 
 
 def all_kinds(sam_tiny, bits):
@@ -379,7 +365,7 @@ def check_refused_or_equal(blob, data, path, original):
 
 
 def fuzz(blob, files, folder, count):
-    original = ahcptq_jax.load(files / "fp16.safetensors")
+    original, forged = ahcptq_jax.load(files / "fp16.safetensors"), 0
     for seed in range(count):
         rng = np.random.default_rng(seed)
         check_refused_or_equal(blob, mutant(blob, rng), folder / "f", original)
@@ -387,12 +373,13 @@ def fuzz(blob, files, folder, count):
             data = rebuilt(blob, forge(rng))
         except (TypeError, KeyError, AttributeError):
             continue  # the forged header has no data offsets to take checksums of
-        path = folder / "f"
+        path, forged = folder / "f", forged + 1
         path.write_bytes(data)
         try:
             ahcptq_jax.load(path)
         except ValueError as error:
             assert "\n" not in str(error)
+    assert forged >= count / 2, "most were read"
 
 
 def test_mutated_files_are_refused(blob, files, tmp_path):

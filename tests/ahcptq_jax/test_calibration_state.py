@@ -1,24 +1,29 @@
 """A killed calibration goes on after its last finished image and ends with the same result."""
 
 import dataclasses
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ahcptq_jax import calibrate
-from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.config import ACT_RANGES, METHODS, QuantConfig
 from ahcptq_jax.quantize import quantize_model
 from ahcptq_jax.quantized import Quantized
+from ahcptq_jax.quantizers import Grouped
+from ahcptq_jax.site_statistics import init_statistics, update_statistics
 from ahcptq_jax.statistics_cache import StatisticsCache
 from sam_flax import Sam
 
 IMAGES = 3
 # The configuration, apart from the plain weight ranges, of most other tests: one compilation serves all.
 CONFIG = QuantConfig(weight_search=False)
+MINMAX = QuantConfig(**METHODS["minmax"])
 
 
 class Killed(Exception):
@@ -113,10 +118,14 @@ def test_settings_share_what_was_observed(setting, whole, monkeypatch):
         assert_same(quantize_model(*setting, CONFIG, progress=False, cache=cache), whole)
         assert count[0] == IMAGES * per_image
         assert_same(quantize_model(*setting, CONFIG, progress=False, cache=cache), whole)
-        again = quantize_model(*setting, dataclasses.replace(CONFIG, groups=2), progress=False, cache=cache)
+        again = quantize_model(*setting, dataclasses.replace(CONFIG, groups=0), progress=False, cache=cache)
         assert count[0] == IMAGES * per_image, "groups are made of the same statistics"
-        assert again.quant_config.groups == 2
-        quantize_model(*setting, dataclasses.replace(CONFIG, softmax_rows=9), progress=False, cache=cache)
+        assert again.quant_config.groups == 0
+        grouped = {path: q for path, q in again.activations.items() if isinstance(q, Grouped)}
+        assert grouped and all(len(whole.activations[path].scale) == 4 for path in grouped)
+        for path, quantizer in grouped.items():
+            np.testing.assert_array_equal(quantizer.groups, np.arange(len(quantizer.scale)), err_msg=path)
+        quantize_model(*setting, MINMAX, progress=False, cache=cache)
         assert count[0] == 2 * IMAGES * per_image, "another search is another pass"
         assert len(cache.passes) == 4
         quantize_model(sam, params, images[:1], CONFIG, progress=False, cache=cache)
@@ -141,3 +150,62 @@ def test_settings_share_quantized_weights(setting, whole, monkeypatch):
     assert_same(other_images.weights, whole.weights)
     quantize_model(sam, params, images[:1], dataclasses.replace(CONFIG, w_bits=5), progress=False, cache=cache)
     assert len(searched) == 2 * len(whole.weights), "other widths are other weights"
+
+
+# --- What statistics depend on ----------------------------------------------------------------------------------------
+
+CHANGES: dict[str, Any] = {
+    "w_bits": 5,
+    "a_bits": 3,
+    "hluq": False,
+    "cag": False,
+    "big": False,
+    "agq": False,
+    "groups": 2,
+    "group_metric": "paper",
+    "hluq_reach_maximum": True,
+    "hluq_fine": True,
+    "act_range": "percentile",
+    "weight_search": False,
+    "hluq_rows": 5,
+    "softmax_rows": 5,
+    "prompts_per_image": 3,
+    "seed": 1,
+}
+TOKENS, CHANNELS = 9, 8
+
+
+@functools.cache
+def program(path: str, kind: Any, config: QuantConfig) -> str:
+    """How `update_statistics` adds a batch, its constants among it."""
+    shape = (1, TOKENS, TOKENS) if path.endswith("softmax") else (1, 3, 3, CHANNELS)
+    captured = {path: jnp.zeros(shape), "attn/operands": (jnp.zeros((1, TOKENS, CHANNELS)),) * 3}
+    params = {"lin2": {"kernel": jnp.zeros((CHANNELS, 4))}}
+    state = init_statistics(kind, shape, config)
+
+    def update(state: Any, captured: Any, params: Any, key: Any) -> Any:
+        return update_statistics(state, path, kind, captured, params, key, config)
+
+    closed = jax.make_jaxpr(update)(state, captured, params, jax.random.key(0))
+    return f"{jax.tree.structure(state)} {closed.jaxpr} {[np.asarray(c).tolist() for c in closed.consts]}"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("lin2/input", "hybrid"),
+        ("lin2/input", "grouped"),
+        ("lin2/input", "uniform"),
+        ("attn/softmax", "log2"),
+        ("attn/softmax", "uniform"),
+    ],
+)
+@pytest.mark.parametrize("act_range", ACT_RANGES)
+def test_what_relevant_leaves_out_changes_no_statistics(path: str, kind: Any, act_range: str) -> None:
+    """Other settings are equal programs: `_relevant` lets them share a compilation, and settings a pass."""
+    assert set(CHANGES) == {field.name for field in dataclasses.fields(QuantConfig)}
+    base = QuantConfig(act_range=act_range)
+    for name, value in CHANGES.items():
+        config = dataclasses.replace(base, **{name: value})
+        relevant = calibrate._relevant(config, ((path, kind),))
+        assert program(path, kind, config) == program(path, kind, relevant), name

@@ -1,4 +1,4 @@
-"""Exported programs run where there is neither flax nor this package, with the same bits."""
+"""Exported programs run where there is neither flax nor this package, with the same results."""
 
 import re
 import subprocess
@@ -57,20 +57,22 @@ def folder(tiny_quantized, tmp_path_factory):
     return folder
 
 
-def test_it_runs_elsewhere_with_the_same_bits(tiny_quantized, folder):
+def test_it_runs_elsewhere_with_the_same_results(tiny_quantized, folder):
     # -I: not even the current directory is searched for modules.
     done = subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     with np.load(folder / "found.npz") as found, np.load(folder / "given.npz") as given:
         embeddings = tiny_quantized.encode_image(given["canvas"])
-        np.testing.assert_allclose(found["embeddings"], embeddings, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(found["embeddings"], embeddings)
+        logits, iou = (np.asarray(a) for a in tiny_quantized.decode(embeddings, None, given["boxes"], None, False))
         for count in (1, 3):
-            logits, iou = tiny_quantized.decode(embeddings, None, given["boxes"][:count], None, False)
-            np.testing.assert_allclose(found[f"logits{count}"], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
-            np.testing.assert_allclose(found[f"iou{count}"], iou, rtol=0, atol=1e-5)
+            # Float sums at the decoder's end are compiled for a number of prompts: their last bits may differ.
+            wanted, largest = logits[:count], np.abs(logits).max()
+            np.testing.assert_allclose(found[f"logits{count}"], wanted, rtol=0, atol=1e-6 * largest)
+            np.testing.assert_allclose(found[f"iou{count}"], iou[:count], rtol=0, atol=1e-6)
         logits, _ = tiny_quantized.decode(embeddings, (given["coords"], given["labels"]), None, None, True)
         assert found["points"].shape == logits.shape == (4, 3, 32, 32)
-        np.testing.assert_allclose(found["points"], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+        np.testing.assert_allclose(found["points"], logits, rtol=0, atol=1e-6 * np.abs(logits).max())
 
 
 def test_weights_inside_are_packed(tiny_quantized, folder):

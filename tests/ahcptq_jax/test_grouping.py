@@ -98,8 +98,9 @@ def test_metrics_differ_where_the_zero_point_swamps_the_scale() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**31 - 1), bits=st.sampled_from([2, 4, 8]), groups=st.sampled_from([1, 2, 4]))
-def test_range_groups_cut_no_channel_off_and_are_never_coarser_than_one_range(seed, bits, groups) -> None:
+@given(seed=st.integers(0, 2**31 - 1), setting=st.sampled_from([(2, 4), (4, 1), (8, 2)]))  # each is a compilation
+def test_range_groups_cut_no_channel_off_and_are_never_coarser_than_one_range(seed, setting) -> None:
+    bits, groups = setting
     rng = np.random.default_rng(seed)
     low = -rng.gamma(0.5, 2.0, 48).astype(np.float32)
     channels = Uniform.from_range(low, low + rng.gamma(0.5, 4.0, 48).astype(np.float32), bits)

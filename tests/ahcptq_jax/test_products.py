@@ -35,7 +35,7 @@ def operand(shape, bits, rng, per_channel=True):
     return Operand(jnp.asarray(rng.integers(0, 2**bits, shape)), jnp.asarray(zero, jnp.float32), bits)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+@pytest.mark.parametrize("bits", [5, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4))])
 @pytest.mark.parametrize(
     ("kind", "features"),
     [(kind, 5) for kind in ("uniform", "log2 1", "log2 2", "log2 4", "hybrid", "hybrid few", "hybrid most")]

@@ -2,13 +2,14 @@
 
 import dataclasses
 import importlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ahcptq_jax import METHODS, W4A4, QuantConfig, calibrate, quantize, site_statistics
+from ahcptq_jax import METHODS, W4A4, QuantConfig, calibrate, grouping, quantize, search, site_statistics
 from ahcptq_jax import quantized as quantized_module
 from ahcptq_jax.quantized import Quantized, QuantizedWeight
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
@@ -88,7 +89,7 @@ def test_two_arguments_infer_the_model_and_take_w4a4(tiny, monkeypatch):
 
 def test_the_models_that_ship_and_that_are_published_are_inferred():
     sam, params = load_sam("mini")
-    assert quantize_module._check_model(None, params) == sam
+    assert quantize_module.check_model(None, params) == sam
     assert sam.config == MINI
     assert VIT_B.out_chans // 32 == VIT_B.decoder_num_heads == VIT_L.decoder_num_heads
 
@@ -207,60 +208,23 @@ def test_bytes(tiny, w4a4):
 # --- Activations ------------------------------------------------------------------------------------------------------
 
 
-def test_activations_take_few_values_after_their_sites(w4a4, canvas):
-    seen = {}
-
-    def handle(path, value):
-        quantizer = w4a4.activations.get(path)
-        if quantizer is None:
-            return value
-        # Not jitted: a fused product and sum would differ from the table of values in the last bit.
-        out = quantizer.fake_quant(value)
-        seen[path] = np.asarray(out)
-        return out
-
-    variables = {"params": w4a4.float_params()}
-    with intercept_sites(handle):
-        embedding = w4a4.sam.apply(variables, canvas, method="encode_image")
-        boxes = jnp.asarray(BOXES[:2], jnp.float32)
-        w4a4.sam.apply(variables, embedding, None, boxes, None, False, method="decode")
-    assert set(seen) == set(w4a4.activations)
-    for path, values in seen.items():
-        quantizer = w4a4.activations[path]
-        assert quantizer.bits == 4
-        codes = np.arange(16)
-        if isinstance(quantizer, Grouped):
-            assert len(quantizer.scale) == 4
-            labels = np.asarray(quantizer.groups)
-            assert labels.shape == values.shape[-1:] and labels.max() < 4
-            table = np.asarray(quantizer.decode(np.repeat(codes[:, None], len(labels), 1)))
-            for group in np.unique(labels):
-                found = np.unique(values[..., labels == group])
-                assert len(found) <= 16, path
-                assert np.isin(found, table[:, labels == group]).all(), path
-        else:
-            found = np.unique(values)
-            assert len(found) <= 16, path
-            assert np.isin(found, np.asarray(quantizer.decode(codes))).all(), path
-
-
 def test_every_site_has_the_recipes_kind(w4a4):
     for path, quantizer in w4a4.activations.items():
         assert type(quantizer) is KINDS[site_kind(path, W4A4)], path
-        quantizer.validate()
+        assert quantizer.validate().bits == 4, path
+        if isinstance(quantizer, Grouped):
+            assert len(quantizer.scale) == 4, path
+            quantizer.validate(w4a4.weights[path.removesuffix("/input")].shape[-2])
     assert {type(q) for q in w4a4.activations.values()} == set(KINDS.values())
 
 
-def test_more_bits_come_closer(tiny, w4a4, canvas):
+def test_eight_bits_come_closer_than_four(tiny, w4a4, canvas):
     sam, params = tiny
     reference = SamModel(sam, params)
-    errors = {}
-    for bits in (2, 8):  # those between: the slow test below
-        config = dataclasses.replace(MINMAX, w_bits=bits, a_bits=bits)
-        errors[bits] = relative_error(quantize(params, pictures(), config, sam=sam), reference, canvas)
-    assert errors[8] < 0.1 and errors[8] < errors[2], errors
-    ours = relative_error(w4a4, reference, canvas)
-    assert errors[8] < ours < 1.0, (ours, errors)
+    config = dataclasses.replace(MINMAX, w_bits=8, a_bits=8)  # other widths: the slow test below
+    eight = relative_error(quantize(params, pictures(), config, sam=sam), reference, canvas)
+    four = relative_error(w4a4, reference, canvas)
+    assert eight < 0.06 and eight < four < 0.6, (eight, four)  # 0.04 and 0.40 when this was written
 
 
 @pytest.mark.slow
@@ -276,7 +240,7 @@ def test_every_further_bit_comes_closer(tiny, canvas):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ahcptq", "ptq4sam_s"])
+@pytest.mark.parametrize("method", ["ahcptq", "ptq4sam_s", "percentile", "omse"])
 def test_more_bits_come_closer_with_every_method(tiny, canvas, method):
     sam, params = tiny
     reference = SamModel(sam, params)
@@ -296,84 +260,139 @@ def test_calibration_is_deterministic_and_takes_generators(tiny, w4a4):
     assert same(again, w4a4)
 
 
-def test_rows_of_the_softmax_search_matter_only_beyond_their_number(tiny, w4a4):
-    sam, params = tiny
-    assert sam.config.grid**2 <= W4A4.softmax_rows
-    everything = quantize(params, pictures(), dataclasses.replace(W4A4, softmax_rows=0), sam=sam)
-    assert same(everything.activations, w4a4.activations)
+def test_draw_rows():
+    key = jax.random.key(3)
+    for rows in (0, 7, 8):
+        assert site_statistics.draw_rows(7, rows, key) is None, "all of them"
+    drawn = np.asarray(site_statistics.draw_rows(500, 20, key))
+    assert drawn.shape == (20,) and drawn.min() >= 0 and drawn.max() < 500
+    assert (np.diff(drawn) > 0).all(), "in order, none twice"
+    np.testing.assert_array_equal(site_statistics.draw_rows(500, 20, key), drawn)
+    assert not np.array_equal(site_statistics.draw_rows(500, 20, jax.random.key(4)), drawn)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attention_map_of_drawn_rows(with_bias):
+    """The rows drawn are those of the whole map, each query with its own bias."""
+    rng, key = np.random.default_rng(0), jax.random.key(3)
+    q, k, v = jnp.asarray(rng.normal(0, 1, (3, 2, 12, 8)), jnp.float32)
+    biases = tuple(jnp.asarray(rng.normal(0, 1, (2, 12, n)), jnp.float32) for n in (3, 4)) if with_bias else ()
+    run = jax.jit(site_statistics.attention_map, static_argnums=1)
+    whole, values = (np.asarray(a) for a in run((q, k, v, *biases), 12, key))
+    some, same_values = run((q, k, v, *biases), 5, key)
+    assert whole.shape == (2, 12, 12)
+    np.testing.assert_allclose(whole.sum(-1), 1, rtol=1e-5)
+    picked = np.asarray(site_statistics.draw_rows(12, 5, key))
+    np.testing.assert_allclose(some, whole[:, picked], rtol=1e-5)
+    for found in (values, same_values):
+        np.testing.assert_array_equal(found, v)
 
 
 def test_ranges_do_not_depend_on_the_order_of_images(tiny):
     sam, params = tiny
     # One box each: with more, their choice depends on the image's number.
     items = [(image, boxes[:1]) for image, boxes in pictures()]
-    config = dataclasses.replace(MINMAX, prompts_per_image=1)
-    first = quantize(params, items, config, sam=sam).activations
-    second = quantize(params, items[::-1], config, sam=sam).activations
+    first = quantize(params, items, MINMAX, sam=sam).activations
+    second = quantize(params, items[::-1], MINMAX, sam=sam).activations
     assert first.keys() == second.keys()
     for path, quantizer in first.items():
         np.testing.assert_allclose(quantizer.scale, second[path].scale, rtol=1e-4, err_msg=path)
 
 
-def test_ranges_are_the_mean_extremes_of_the_float_model(tiny):
-    """Against a plain run of the whole model, image by image, that no stage takes part in."""
+@pytest.fixture(scope="module")
+def seen(tiny):
+    """What every site sees, picture by picture, in a plain run of the whole float model that no stage takes part in."""
     sam, params = tiny
-    config = dataclasses.replace(MINMAX, a_bits=8)
-    found = quantize(params, pictures(), config, sam=sam).activations
-    rng = np.random.default_rng(config.seed)
-    extremes = {}
+    rng = np.random.default_rng(W4A4.seed)
 
     @jax.jit
     def run(canvas, boxes):
-        seen = {}
+        values = {}
 
         def note(path, value):
-            if path in found:
-                seen[path] = value.min(), value.max()
+            values[path] = value
             return value
 
         with intercept_sites(note):
             sam.apply({"params": params}, canvas, None, boxes)
-        return seen
+        return values
 
-    for index, item in enumerate(pictures()):
-        prepared = quantize_module.prepare(index, item, sam, config, rng)
-        canvas, boxes = jnp.asarray(prepared.canvas[None]), jnp.asarray(prepared.boxes)
-        for path, pair in run(canvas, boxes).items():
-            extremes.setdefault(path, []).append(pair)
-    assert set(extremes) == set(found)
-    for path, values in extremes.items():
-        assert len(values) == 3
-        low, high = np.mean(values, axis=0)
-        wanted = Uniform.from_range(low, high, 8)
-        np.testing.assert_allclose(found[path].scale, wanted.scale, rtol=2e-3, err_msg=path)
+    items = [quantize_module.prepare(index, item, sam, W4A4, rng) for index, item in enumerate(pictures())]
+    return [run(jnp.asarray(item.canvas[None]), jnp.asarray(item.boxes)) for item in items]
 
 
-def test_blocks_of_a_kind_share_one_compilation(tiny, canvas):
-    """Four blocks of two kinds, a neck and a decoder: four compilations, and none for other seeds or weights.
-
-    The neck has no softmax: where another test has run one, its program is that one.
-    """
+def test_ranges_are_the_mean_extremes_of_the_float_model(tiny, seen):
     sam, params = tiny
-    config = dataclasses.replace(MINMAX, agq=True, softmax_rows=17)  # in no other test
-    before = calibrate.observe._cache_size()
-    quantize(params, pictures(), config, sam=sam)
-    compiled = calibrate.observe._cache_size()
-    assert compiled - before in (3, 4)
-    others = dataclasses.replace(config, seed=5, w_bits=5, groups=2)
-    model = quantize(params, pictures(2, seed=1), others, sam=sam)
-    assert calibrate.observe._cache_size() == compiled
+    config = dataclasses.replace(MINMAX, a_bits=8)
+    found = quantize(params, pictures(), config, sam=sam).activations
+    assert set(found) == {path for path in seen[0] if site_kind(path, config) is not None}
+    for path, quantizer in found.items():
+        low, high = np.mean([(float(values[path].min()), float(values[path].max())) for values in seen], axis=0)
+        wanted = Uniform.from_range(low, high, 8)
+        np.testing.assert_allclose(quantizer.scale, wanted.scale, rtol=2e-3, err_msg=path)
+        np.testing.assert_allclose(quantizer.zero_point, wanted.zero_point, rtol=0, atol=0, err_msg=path)
 
+
+def _assert_close(found, wanted, tolerance=2e-3):
+    """Two quantizers of one kind, number by number."""
+    assert type(found) is type(wanted) and found.bits == wanted.bits
+    for field in dataclasses.fields(found):
+        pair = (getattr(quantizer, field.name) for quantizer in (found, wanted))
+        np.testing.assert_allclose(*pair, rtol=tolerance, err_msg=field.name)
+
+
+def test_hybrid_and_grouped_activations_are_those_of_the_float_model(tiny, w4a4, seen):
+    _, params = tiny
+    layer = "image_encoder/blocks_1/mlp/lin2"
+    inputs = [values[f"{layer}/input"] for values in seen]
+    assert inputs[0].size // inputs[0].shape[-1] <= W4A4.hluq_rows, "none is left out"
+    wanted = search.search_hybrid(inputs, flatten(params)[f"{layer}/kernel"], None, 4)
+    _assert_close(w4a4.activations[f"{layer}/input"], wanted)
+
+    site = "image_encoder/blocks_1/attn/qkv/input"
+    channels = search.search_range([values[site] for values in seen], 4, per_channel=True)
+    groups = grouping.ladder(channels.scale, channels.zero_point, W4A4.groups, W4A4.group_metric, 4)[-1]
+    _assert_close(w4a4.activations[site], groups.quantizer(4))
+
+
+@pytest.mark.parametrize(
+    "attention", ["image_encoder/blocks_1/attn", "mask_decoder/transformer/layers_0/cross_attn_token_to_image"]
+)
+def test_log2_activations_are_those_of_the_float_model(w4a4, seen, attention):
+    maps, operands = ([values[f"{attention}/{name}"] for values in seen] for name in ("softmax", "operands"))
+    assert maps[0].shape[-2] <= W4A4.softmax_rows, "none is left out"
+    wanted = search.search_softmax(maps, [values[2] for values in operands], 4)
+    _assert_close(w4a4.activations[f"{attention}/softmax"], wanted)
+
+
+def test_blocks_of_a_kind_share_one_compilation(tiny, w4a4, canvas):
+    """Four blocks of two kinds and a neck: three compilations, and none for other seeds or weights."""
+    sam, params = tiny
+    two_images = jnp.zeros((2, sam.config.grid, sam.config.grid, sam.config.embed_dim))  # at once, as in no other test
+    others = dataclasses.replace(MINMAX, seed=5, w_bits=5, a_bits=5, groups=2)
+    doubled = jax.tree.map(lambda a: jnp.asarray(2 * np.asarray(a)), params)
+    before, counts = calibrate.observe._cache_size(), []
+    for weights, images, config in ((params, 1, MINMAX), (doubled, 2, others)):
+        calibrate.observe_encoder(sam, weights, [canvas[0]] * images, config, lambda canvas: two_images)
+        counts.append(calibrate.observe._cache_size() - before)
+    assert counts == [3, 3]
+    # The decoder, whose program other tests have, is one for all images and seeds.
+    quantize(params, pictures(), MINMAX, sam=sam)
+    before = calibrate.observe._cache_size()
+    quantize(params, pictures(2, seed=1), dataclasses.replace(MINMAX, seed=5, w_bits=5, groups=2), sam=sam)
+    assert calibrate.observe._cache_size() == before
+
+    two = jnp.concatenate([canvas, canvas + 1])  # as many as in no other test
     before = quantized_module._apply_stage._cache_size()
-    changed = dataclasses.replace(others, w_bits=7)
-    model = quantize(params, pictures(2, seed=1), changed, sam=sam)
-    model.encode_image(canvas)
-    assert quantized_module._apply_stage._cache_size() - before == 3
-    model.encode_image(canvas + 1)
-    assert quantized_module._apply_stage._cache_size() - before == 3
+    for largest in (2.0, 3.0):
+        # Uniform but for the softmax: quickly compiled.
+        made_up = Uniform.from_range(-largest, largest, 4)
+        activations = {k: q if isinstance(q, Log2) else made_up for k, q in w4a4.activations.items()}
+        dataclasses.replace(w4a4, activations=activations).encode_image(two)
+        assert quantized_module._apply_stage._cache_size() - before == 3
 
     before = sam_module.apply_stage._cache_size()
-    SamModel(sam, params).encode_image(jnp.zeros((2, *canvas.shape[1:])))
+    SamModel(sam, params).encode_image(two)
     assert sam_module.apply_stage._cache_size() - before == 3
 
 
@@ -387,11 +406,10 @@ def _covering_step(channels):
 @pytest.mark.parametrize(
     ("groups", "expected", "metric"),
     [
-        *((groups, expected, "range") for groups, expected in ((0, None), (1, 1), (4, 4), (100, None))),
-        *((4, 4, metric) for metric in ("paper", "normalized")),
-        # Each number of groups is a compilation.
-        *(pytest.param(groups, groups, "range", marks=pytest.mark.slow) for groups in (2, 8)),
-        *(pytest.param(1, 1, metric, marks=pytest.mark.slow) for metric in ("paper", "normalized")),
+        *((groups, expected, "range") for groups, expected in ((0, None), (4, 4), (100, None))),
+        # Each number of groups and each metric is a compilation for every width.
+        *(pytest.param(groups, groups, "range", marks=pytest.mark.slow) for groups in (1, 2, 8)),
+        *(pytest.param(n, n, metric, marks=pytest.mark.slow) for n in (1, 4) for metric in ("paper", "normalized")),
     ],
 )
 def test_groups(groups, expected, metric):
@@ -421,8 +439,32 @@ def test_groups(groups, expected, metric):
             assert np.abs(shared - own).mean() <= np.abs(whole - own).mean() * 1.001
             if metric == "range":
                 assert (shared >= own * 0.999).all(), "no channel is cut off"
-    alone = site_statistics.group_channels({"b": sites["b"]}, config)["b"]
-    np.testing.assert_array_equal(np.asarray(alone.groups), np.asarray(grouped["b"].groups))
+    if (groups, metric) == (4, "range"):
+        alone = site_statistics.group_channels({"b": sites["b"]}, config)["b"]
+        np.testing.assert_array_equal(np.asarray(alone.groups), np.asarray(grouped["b"].groups))
+
+
+@pytest.mark.parametrize(("groups", "metric", "bits"), [(1, "paper", 2), (4, "normalized", 4), (15, "range", 8)])
+def test_sites_of_a_width_are_grouped_as_the_configuration_says(groups, metric, bits, monkeypatch):
+    asked = []
+
+    def ladder(scale, zero_point, *settings):
+        asked.append((scale.shape, *settings))
+        # The last stage counts: the first channels' numbers, and all of them in the last group.
+        last = jnp.full(scale.shape, groups - 1)
+        return None, grouping.ChannelGroups(scale[:, :groups], zero_point[:, :groups], last)
+
+    monkeypatch.setattr(grouping, "ladder", ladder)
+    sites = {
+        name: Uniform(jnp.full(channels, step), jnp.full(channels, 1.0), bits)
+        for name, channels, step in (("a", 16, 0.5), ("b", 16, 0.25), ("c", 40, 2.0))
+    }
+    grouped = site_statistics.group_channels(sites, QuantConfig(groups=groups, group_metric=metric, a_bits=bits))
+    assert asked == [((2, 16), groups, metric, bits), ((1, 40), groups, metric, bits)]
+    for name, quantizer in grouped.items():
+        assert isinstance(quantizer, Grouped) and quantizer.bits == bits
+        np.testing.assert_array_equal(quantizer.scale, sites[name].scale[:groups], err_msg=name)
+        np.testing.assert_array_equal(quantizer.groups, np.full(len(sites[name].scale), groups - 1), err_msg=name)
 
 
 @pytest.mark.parametrize("switches", [{"hluq": False}, {"cag": False}, {"agq": False}, METHODS["ptq4sam_s"]])
@@ -501,17 +543,23 @@ def test_quantized_is_a_pytree(w4a4, canvas):
     np.testing.assert_array_equal(np.asarray(host.encode_image(canvas)), wanted)
 
 
-def test_quantized_goes_through_jit_and_its_scales_have_gradients(w4a4):
+def test_quantized_goes_through_jit_and_its_last_scales_have_gradients(w4a4):
+    """Codes are whole numbers: no gradient passes them to the scales before."""
     embedding = jnp.asarray(np.random.default_rng(0).normal(0, 1, (1, 8, 8, 32)).astype(np.float32))
     boxes = jnp.asarray(BOXES[:2], jnp.float32)
+    site = "mask_decoder/transformer/final_attn_token_to_image/out_proj/input"
 
     @jax.jit
-    def loss(activations):
+    @partial(jax.value_and_grad, argnums=1)
+    def loss(activations, scale):
+        activations = activations | {site: dataclasses.replace(activations[site], scale=scale)}
         model = dataclasses.replace(w4a4, activations=activations)
         return jnp.square(model.decode(embedding, None, boxes, None, False)[0]).mean()
 
     wanted = np.square(np.asarray(w4a4.decode(embedding, None, boxes, None, False)[0])).mean()
-    np.testing.assert_allclose(float(loss(w4a4.activations)), wanted, rtol=1e-3)
+    found, gradient = loss(w4a4.activations, w4a4.activations[site].scale)
+    np.testing.assert_allclose(float(found), wanted, rtol=1e-3)
+    assert np.isfinite(gradient) and abs(float(gradient)) > 1e-6
     returned = jax.jit(lambda model: model)(w4a4)
     assert isinstance(returned, Quantized) and same(returned, w4a4)
 
@@ -520,15 +568,16 @@ def test_the_predictor_treats_both_models_alike(tiny, w4a4):
     sam, params = tiny
     image = np.random.default_rng(3).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     low = np.zeros((1, sam.config.mask_size, sam.config.mask_size), np.float32)
-    prompts = (
-        {"box": np.array([5, 5, 50, 60])},
-        {"point_coords": np.array([[20.0, 30], [40, 50]]), "point_labels": np.array([1, 0])},
-        {"box": np.array([5, 5, 50, 60]), "mask_input": low, "multimask_output": False, "return_logits": True},
-    )
+    prompt = {
+        "point_coords": np.array([[20.0, 30], [40, 50]]),
+        "point_labels": np.array([1, 0]),
+        "box": np.array([5, 5, 50, 60]),
+        "mask_input": low,
+    }
     answers = []
     for predictor in (SamPredictor(sam, params), SamPredictor(w4a4)):
         predictor.set_image(image)
-        single = [predictor.predict(**prompt) for prompt in prompts]
+        single = [predictor.predict(**prompt, return_logits=logits) for logits in (False, True)]
         batch = predictor.predict_batch(boxes=np.array([[5, 5, 50, 60], [1, 2, 30, 40.0]]))
         answers.append([array for answer in [*single, batch] for array in answer])
     for first, second in zip(*answers, strict=True):

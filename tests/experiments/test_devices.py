@@ -92,10 +92,12 @@ def check_equal(found: dict[str, Any], name: str, own: int) -> None:
     assert (single["resumed"], shared["resumed"], resumed["resumed"]) == (0, 0, own)
 
 
-def test_four_devices_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "stages"), [(2, 2), pytest.param(4, 3, marks=pytest.mark.slow)])
+def test_several_devices_equal_one(count: int, stages: int, tmp_path: Path) -> None:
+    """Each device compiles every program anew: four take twice as long as two."""
     out = tmp_path / "found.json"
-    found = results(start(out, "", "1", "0", "quantized", local_devices=4), out)
-    assert found["devices"] == 4 and len(set(found["stages"])) == 3
+    found = results(start(out, "", "1", "0", "quantized", local_devices=count), out)
+    assert found["devices"] == count and len(set(found["stages"])) == stages
     leaves, equal = found["calibration"]
     assert leaves == equal > 0
     for name in ("float", "quantized"):

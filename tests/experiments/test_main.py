@@ -1,6 +1,7 @@
 """The main job end to end on the model that ships, and what it says to inputs it cannot use."""
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -9,16 +10,18 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 from safetensors.numpy import save_file
 
-from experiments import coco
+from experiments import coco, integer_check
 from experiments import main as main_job
 from experiments.command import finish
 from experiments.options import Options
@@ -49,8 +52,9 @@ def test_results_are_complete(job: tuple[Path, str]) -> None:
     results = json.loads((job[0] / "results.json").read_text())
     for key in ("fp", "quantized", "fp_blank", "quantized_blank"):
         assert METRICS <= results[key].keys()
-    assert results["fp"]["AP"] > 40 > results["fp_blank"]["AP"], "MINI looks at the image"
-    assert 0.5 < results["agreement_mIoU"] <= 1
+    assert results["fp"]["AP"] > 70 and results["quantized"]["AP"] > 60
+    assert results["fp_blank"]["AP"] < 40, "MINI looks at the image"
+    assert 0.85 < results["agreement_mIoU"] <= 1
     assert results["bytes"]["quantized"] == (job[0] / "quantized.safetensors").stat().st_size
     assert results["bytes"]["quantized"] < 0.21 * results["bytes"]["fp32"]
     assert {"load", "evaluate_fp", "quantize", "evaluate_quantized"} <= results["seconds"].keys()
@@ -115,11 +119,57 @@ def test_a_killed_job_ends_the_same(tmp_path: Path) -> None:
     assert whole["quantized"] == killed["quantized"]
 
 
-def test_resolved_flags_repeat_the_run(job: tuple[Path, str]) -> None:
-    done = command(f"--flagfile={job[0] / 'flags.txt'}", "--method=nothing")
-    assert done.returncode != 0 and "method" in done.stderr
-    lines = (job[0] / "flags.txt").read_text().splitlines()
-    assert "--w_bits=4" in lines and "--num_scenes=4" in lines
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Options]:
+    """Arguments -> options, as the command makes them, with a flag registry of its own."""
+
+    def parse(*arguments: str) -> Options:
+        values = flags.FlagValues()
+        with monkeypatch.context() as patch:
+            for name in ("DEFINE_string", "DEFINE_integer", "DEFINE_float", "DEFINE_bool", "DEFINE_enum"):
+                patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=values))
+            patch.setattr(flags, "FLAGS", values)
+            main_job.define_flags()
+            values(["main", *arguments])
+            return main_job.options_from_flags()
+
+    return parse
+
+
+def test_resolved_flags_repeat_the_run(job: tuple[Path, str], parsed: Callable[..., Options]) -> None:
+    options = parsed(f"--flagfile={job[0] / 'flags.txt'}")
+    assert dataclasses.asdict(options) == json.loads((job[0] / "results.json").read_text())["config"]
+    assert (options.method, options.w_bits, options.num_scenes, options.iterations) == ("ahcptq", 4, 4, 2)
+
+
+@pytest.mark.slow
+def test_integer_inference_finds_the_same_codes(job: tuple[Path, str]) -> None:
+    options = Options(artefact=str(job[0] / "quantized.safetensors"), num_scenes=2)
+    quantized = integer_check.model_to_check(options, "")
+    counts = integer_check.check(quantized, options, plain=False)
+    assert counts.images == 2 and counts.sites == len(quantized.activations) and counts.codes > 0
+    assert (counts.codes_differing, counts.sites_differing, counts.pixels_differing_far) == (0, 0, 0)
+    assert counts.outputs_differing == 0
+
+
+def test_a_harder_model_scores_the_same(job: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, Any]] = []
+    make_harder = main_job.make_harder
+
+    def noting(params: Any, *arguments: Any) -> Any:
+        made.append((params, make_harder(params, *arguments)))
+        return made[-1][1]
+
+    monkeypatch.setattr(main_job, "make_harder", noting)
+    options = Options(method="fp", harder=1.0, num_scenes=4, blank=False, out=str(tmp_path))
+    found = main_job.run(options, with_report=False)["fp"]
+    ((before, after),) = made
+    bias = ("image_encoder", "blocks_0", "norm1", "bias")
+    spreads = [float(np.abs(functools.reduce(lambda node, name: node[name], bias, p)).max()) for p in (before, after)]
+    assert spreads[1] > 1.5 * spreads[0]
+    plain = json.loads((job[0] / "results.json").read_text())["fp"]
+    known = [name for name in sorted(METRICS) if plain[name] is not None]
+    assert "AP" in known and [found[name] for name in known] == pytest.approx([plain[name] for name in known], rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -235,12 +285,23 @@ def test_command_line_says_it_without_a_traceback(folder: Path, tmp_path: Path) 
     assert "Traceback" not in done.stderr and done.stderr.count("Error:") == 1
 
 
-@pytest.mark.parametrize("flag", ["--method=magic", "--bits=4", "--w_bits=four", "--flagfile=none.flags", "more"])
-def test_unusable_flags_end_the_command(flag: str, tmp_path: Path) -> None:
-    done = command(flag, f"--out={tmp_path / 'out'}")
+def test_unusable_flags_end_the_command(tmp_path: Path) -> None:
+    done = command("--method=magic", f"--out={tmp_path / 'out'}")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert flag.lstrip("-").split("=")[0] in done.stderr + done.stdout
+    assert "method" in done.stderr + done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--method=magic", "--bits=4", "--w_bits=four", "--flagfile=none.flags"])
+def test_unusable_flags_are_refused_by_name(flag: str, parsed: Callable[..., Options]) -> None:
+    """With what `absl.app.run` ends a command by itself, as above."""
+    with pytest.raises(flags.Error, match=flag.lstrip("-").split("=")[0]):
+        parsed(flag)
+
+
+def test_what_is_no_flag_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_job.main(["main", "more"]) == 2
+    assert "'more'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["experiments.main", "experiments.sweep", "hwcost"])

@@ -117,10 +117,11 @@ def test_measured_histograms_count_every_code_once(monkeypatch: pytest.MonkeyPat
     assert set(measured) == set(model.activations)
 
     # In chunks, as large models attend, the callbacks of all chunks add up to the same.
-    monkeypatch.setattr(image_encoder, "_attention_bytes", lambda: (0, 0))
+    asked = []
+    monkeypatch.setattr(image_encoder, "_attention_bytes", lambda: asked.append(1) or (0, 0))
     monkeypatch.setattr(image_encoder, "QUERY_CHUNK", 4)
-    jax.clear_caches()
     assert measure_histograms(model, images, boxes) == measured
+    assert asked, "traced anew"
 
     with pytest.raises(ValueError, match="2 images and 1 sets of boxes"):
         measure_histograms(model, images, boxes[:1])

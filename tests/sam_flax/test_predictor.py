@@ -47,7 +47,10 @@ def test_signatures_are_those_of_segment_anything():
         "multimask_output": True,
         "return_logits": False,
     }
-    assert list(defaults) == list(inspect.signature(SamPredictor.predict).parameters)[1:]
+    names = ["point_coords", "point_labels", "box", "mask_input", "multimask_output", "return_logits"]
+    assert list(defaults) == names, "in this order"
+    batch = inspect.signature(SamPredictor.predict_batch).parameters
+    assert batch["multimask_output"].default is batch["return_logits"].default is False
     set_image = inspect.signature(SamPredictor.set_image).parameters
     assert list(set_image)[1:] == ["image", "image_format"]
     assert set_image["image_format"].default == "RGB"
@@ -67,10 +70,18 @@ def test_shapes_and_types(predictor, multimask, logits):
         assert type(array) is np.ndarray and array.flags.writeable
 
 
+BATCH = {
+    "boxes": np.array([BOX, BOX + 7]),
+    "point_coords": np.array([COORDS, COORDS + 3]),
+    "point_labels": np.array([LABELS, 1 - LABELS]),
+    "mask_input": np.random.default_rng(0).normal(0, 4, (2, 1, 32, 32)).astype(np.float32),
+    "multimask_output": True,
+}
+
+
 def test_batch_shapes(predictor):
-    boxes = np.array([BOX, BOX + 5, BOX - 5])
-    masks, iou, low_res = predictor.predict_batch(boxes)
-    assert (masks.shape, iou.shape, low_res.shape) == ((3, 1, HEIGHT, WIDTH), (3, 1), (3, 1, 32, 32))
+    masks, iou, low_res = predictor.predict_batch(**BATCH)
+    assert (masks.shape, iou.shape, low_res.shape) == ((2, 3, HEIGHT, WIDTH), (2, 3), (2, 3, 32, 32))
     assert masks.dtype == np.bool_
 
 
@@ -96,25 +107,51 @@ def test_masks_are_the_models_at_the_original_size(predictor, model):
 
 
 def test_predict_equals_predict_batch(predictor):
-    boxes = np.array([BOX, BOX + 7])
-    coords, labels = np.array([COORDS, COORDS + 3]), np.array([LABELS, 1 - LABELS])
-    mask = np.random.default_rng(0).normal(0, 4, (2, 1, 32, 32)).astype(np.float32)
-    together = predictor.predict_batch(boxes, coords, labels, mask, multimask_output=True, return_logits=True)
+    together = predictor.predict_batch(**BATCH, return_logits=True)
+    boxes, coords, labels, masks, _ = BATCH.values()
     for i in range(2):
-        alone = predictor.predict(coords[i], labels[i], boxes[i], mask[i], return_logits=True)
+        alone = predictor.predict(coords[i], labels[i], boxes[i], masks[i], return_logits=True)
         for got, want in zip(alone, together, strict=True):
             np.testing.assert_allclose(got, want[i], rtol=0, atol=2e-5)
 
 
 def test_low_resolution_logits_can_be_fed_back(predictor):
-    _, iou, low_res = predictor.predict(COORDS, LABELS)
+    _, iou, low_res = predictor.predict(COORDS, LABELS, BOX)
     best = 100 * low_res[iou.argmax()][None]  # random weights give faint logits
-    masks, _, again = predictor.predict(COORDS, LABELS, mask_input=best, multimask_output=False)
-    assert masks.shape == (1, HEIGHT, WIDTH)
-    other = predictor.predict(COORDS, LABELS, mask_input=-best, multimask_output=False)[2]
+    masks, _, again = predictor.predict(COORDS, LABELS, BOX, mask_input=best)
+    assert masks.shape == (3, HEIGHT, WIDTH)
+    other = predictor.predict(COORDS, LABELS, BOX, mask_input=-best)[2]
     assert np.abs(again - other).max() > 1e-3
-    alone = predictor.predict(mask_input=best, multimask_output=False)[0]  # a mask suffices
-    assert alone.shape == (1, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("prompt", [{"mask_input": BATCH["mask_input"][0]}, {"box": BOX}, {"point_coords": COORDS}])
+def test_one_kind_of_prompt_suffices(model, prompt):
+    """The model gets that one on its canvas and no other; what it makes of it is tested with the model."""
+    given = []
+
+    class Recorder:
+        config = model.config
+        encode_image = staticmethod(model.encode_image)
+
+        def decode(self, *arguments):
+            given.append(arguments)
+            return jnp.ones((1, 1, 32, 32)), jnp.ones((1, 1))
+
+    predictor = SamPredictor(Recorder())
+    predictor.set_image(picture())
+    labels = {"point_labels": LABELS} if "point_coords" in prompt else {}
+    masks, _, _ = predictor.predict(**prompt, **labels, multimask_output=False)
+    assert masks.shape == (1, HEIGHT, WIDTH) and masks.all()
+    ((_, points, boxes, mask, multimask),) = given
+    assert multimask is False
+    assert [points is None, boxes is None, mask is None].count(False) == 1
+    if points is not None:
+        np.testing.assert_allclose(points[0], apply_coords(COORDS[None], (HEIGHT, WIDTH), 128))
+        np.testing.assert_array_equal(points[1], LABELS[None])
+    if boxes is not None:
+        np.testing.assert_allclose(boxes, apply_boxes(BOX[None], (HEIGHT, WIDTH), 128))
+    if mask is not None:
+        np.testing.assert_array_equal(mask[..., 0], prompt["mask_input"])
 
 
 def test_three_ways_to_the_same_predictor(predictor, model):
@@ -168,10 +205,14 @@ def test_what_segment_anything_also_takes(predictor):
     np.testing.assert_array_equal(nested, want)
 
 
-def test_boxes_may_reach_over_the_edge_and_points_may_touch_it(predictor):
-    assert predictor.predict(box=np.array([-5, -5, WIDTH + 9, 40]))[0].any() in (True, False)
+def test_boxes_may_reach_over_the_edge_and_points_may_touch_it(predictor, model):
+    """The model sees such a box as it is, like segment_anything's."""
+    box = np.array([-5, -5, WIDTH + 9, 40])
+    low_res = predictor.predict(box=box)[2]
+    wanted, _ = model.decode(predictor.features, None, jnp.asarray(apply_boxes(box[None], (HEIGHT, WIDTH), 128)))
+    np.testing.assert_array_equal(low_res, wanted[0])
     corners = np.array([[0, 0], [WIDTH, HEIGHT]])
-    assert predictor.predict(corners, np.array([1, 0]))[0].shape == (3, HEIGHT, WIDTH)
+    assert predictor.predict(corners, np.array([1, 0]), BOX)[0].shape == (3, HEIGHT, WIDTH)
 
 
 # ----------------------------------------------------------------------------------------------- wrong input
