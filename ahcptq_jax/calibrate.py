@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax import bimodal, checkpoints, site_statistics
+from ahcptq_jax import bimodal, checkpoints
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.recipe import BIMODAL_ATTENTION, Kind, site_kind
-from ahcptq_jax.site_statistics import finalize, init_statistics, update_statistics
+from ahcptq_jax.site_statistics import draws_queries, finalize, init_statistics, update_statistics
 from ahcptq_jax.sites import below, flatten, intercept_sites, unflatten
 from ahcptq_jax.statistics_cache import Observed, StatisticsCache
 from sam_flax.layers import in_float32
@@ -73,7 +73,7 @@ def _relevant(config: QuantConfig, sites: Sites) -> QuantConfig:
         needed.append("a_bits")
     if "hybrid" in kinds:
         needed += ["hluq_fine", "hluq_reach_maximum", "hluq_rows"]
-    if any(path.endswith("/softmax") and site_statistics.draws_queries(kind, config) for path, kind in sites):
+    if any(path.endswith("/softmax") and draws_queries(kind, config) for path, kind in sites):
         needed.append("softmax_rows")
     return QuantConfig(**{name: getattr(config, name) for name in needed})
 
