@@ -32,7 +32,17 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> bytes:
         axes.barh(places, means, xerr=errors, color=_BAR, height=0.7, error_kw={"capsize": 2, "lw": 1})
         for place, mean, spread in zip(places, means, spreads, strict=True):
             text = "no AP" if np.isnan(mean) else f"{mean:.1f}"
-            axes.text(np.nan_to_num(mean + spread), place, f" {text}", va="center", fontsize=8)
+            # On white, so that the reference line does not cross it.
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            axes.annotate(
+                text,
+                (np.nan_to_num(mean + spread), place),
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                bbox=box,
+            )
         axes.set_yticks(places, list(runs), fontsize=8)
         for name, seeds in panel.items():
             if name.startswith("floating") and not np.isnan(ap := _aps(seeds)[0]):
