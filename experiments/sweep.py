@@ -232,8 +232,9 @@ def sweep(
         rows.setdefault(setting.name, []).append(row(results))
         if missing:
             _write_tables(out, settings, rows)
-    # It serves interrupted sweeps only: a later one may be of other code.
-    shutil.rmtree(out / "partial", ignore_errors=True)
+    if kept < len(runs):
+        # What evaluations left serves interrupted sweeps only: a later one may be of other code.
+        shutil.rmtree(out / "partial", ignore_errors=True)
     return _write_tables(out, settings, rows)
 
 
