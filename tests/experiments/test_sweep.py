@@ -12,6 +12,8 @@ from experiments import records, sweep
 from experiments.options import Options
 from experiments.sweep_figure import draw
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_settings_are_parsed() -> None:
     settings = sweep.parse_settings("ahcptq-hluq-cag,minmax", "44,86")
@@ -155,6 +157,35 @@ def test_a_second_table_has_a_column_for_each_width() -> None:
         "| MINI | a | 71.0 ± 1.4 | 0.710 ± 0.014 | 74.0 | 0.740 |",
         "| MINI | b | 50.0 | 0.500 | – | – |",
     ]
+
+
+PHOTOGRAPHS = {
+    "images": "coco100/val2017",
+    "annotations": "coco100/annotations/instances_val2017.json",
+    "calib_images": "coco100/train2017",
+    "calib_annotations": "coco100/annotations/instances_train2017.json",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mini", {"num_scenes": 200}),
+        ("harder", {"num_scenes": 200, "harder": 1.0}),
+        ("photographs", PHOTOGRAPHS),
+    ],
+)
+def test_kept_records_are_the_tables_of_the_readme(
+    name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's commands print its tables from `results/` without a run."""
+    monkeypatch.setattr(sweep.main_job, "run", lambda options, **_: pytest.fail(f"no record of {options}"))
+    methods = "ahcptq,ptq4sam_l,qdrop,brecq,adaround,ptq4sam_s,percentile,omse,minmax"
+    settings = sweep.parse_settings(methods, "44,55,66")
+    options = Options(iterations=200, blank=False, **changes)
+    printed = sweep.sweep(options, settings, 3, tmp_path, ROOT / "results" / f"{name}.jsonl")
+    by_bits = printed.partition("\n\n")[2]
+    assert by_bits.count("\n") == 12 and by_bits.strip() in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("line", ["{", '{"config": {}}', '{"config": {"nothing": 1}, "fp": {}, "quantized": {}}', "[]"])
