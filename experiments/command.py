@@ -26,10 +26,7 @@ def finish(argv: list[str], work: Callable[[], int]) -> int:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _fail(
-            "memory ran out; free some, or lower --num_calib, and give the same command again, which goes on where it "
-            "stopped."
-        )
+        return _fail("memory ran out; free some, or ask for less, and give the command again.")
 
 
 def _fail(sentence: str) -> int:
