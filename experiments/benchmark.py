@@ -24,9 +24,9 @@ import jax
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments.benchmark_rows import ROWS, Row
-from experiments.command import finish
-from experiments.results import write_atomically, write_json
+from experiments.bench.rows import ROWS, Row
+from experiments.job.command import finish
+from experiments.job.results import write_atomically, write_json
 
 # For PyTorch, what `allocator.keep_pages` is for ours: it would spend most of its time getting pages back.
 KEEP_PAGES = {
@@ -45,7 +45,7 @@ class Worker:
         words = [row.name, *(["torch"] if torch else []), *(["toy"] if toy else [])]
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.benchmark_rows", *words],
+            [sys.executable, "-m", "experiments.bench.rows", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -21,10 +21,10 @@ from absl import app, flags
 
 import ahcptq_jax
 from ahcptq_jax import Quantized
-from experiments.benchmark_rows import peak_bytes
-from experiments.command import finish
-from experiments.made_up import random_quantized
-from experiments.results import write_atomically, write_json
+from experiments.bench.made_up import random_quantized
+from experiments.bench.rows import peak_bytes
+from experiments.job.command import finish
+from experiments.job.results import write_atomically, write_json
 from sam_flax import CONFIGS, Sam, SamModel, load_sam, save_params
 
 COLUMNS = ("file", "imports", "loaded", "run")  # in bytes

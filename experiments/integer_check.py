@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 import ahcptq_jax
 from ahcptq_jax import Quantized
-from ahcptq_jax.integer import integer_model
-from ahcptq_jax.quantize import quantize_model
+from ahcptq_jax.api import quantize_model
+from ahcptq_jax.runtime.integer import integer_model
 from experiments import coco
-from experiments.command import finish
-from experiments.made_up import random_quantized
+from experiments.bench.made_up import random_quantized
+from experiments.job.command import finish
+from experiments.job.options import Options
 from experiments.main import calibration_set, evaluation_set, use_compilation_cache
-from experiments.options import Options
 from sam_flax import CONFIGS, Sam, load_sam, preprocessing
 
 NEAR = 1e-3  # of the mask threshold, in logits

@@ -29,22 +29,23 @@ from absl import app, flags
 from tqdm import tqdm
 
 import ahcptq_jax
-from ahcptq_jax import checkpoints
-from ahcptq_jax.harder import make_harder
-from ahcptq_jax.quantize import quantize_model
-from ahcptq_jax.quantized import Quantized
-from ahcptq_jax.reconstruct import UnitReport, quantize_reconstructed
-from ahcptq_jax.statistics_cache import StatisticsCache
-from experiments import coco, devices, evaluate, report
-from experiments import options as options_module
-from experiments.allocator import keep_pages
-from experiments.command import finish
-from experiments.options import Options, define_flags, options_from_flags
+from ahcptq_jax.api import quantize_model
+from ahcptq_jax.calibration import saved_state
+from ahcptq_jax.calibration.cache import StatisticsCache
+from ahcptq_jax.reconstruction.run import UnitReport, quantize_reconstructed
+from ahcptq_jax.runtime.quantized import Quantized
+from ahcptq_jax.transforms.harder import make_harder
+from experiments import coco, evaluate, report
+from experiments.job import devices
+from experiments.job import options as options_module
+from experiments.job.allocator import keep_pages
+from experiments.job.command import finish
+from experiments.job.options import Options, define_flags, options_from_flags
+from experiments.job.results import write_atomically, write_json
 from experiments.report import panels
-from experiments.results import write_atomically, write_json
-from experiments.scenes import CALIB_SEED, EVAL_SEED, scene_dataset, to_coco
-from hwcost.codes import to_json
-from hwcost.measure import measure_histograms
+from experiments.scenes.scenes import CALIB_SEED, EVAL_SEED, scene_dataset, to_coco
+from hwcost.counts.codes import to_json
+from hwcost.counts.measure import measure_histograms
 from sam_flax import SamModel, load_sam
 from sam_flax.config import SamConfig
 from sam_flax.sam import Params, Sam
@@ -255,7 +256,7 @@ def _state_name(options: Options, calib: list[Any], model_id: str) -> str:
     """Of the folder of a run's state. It tells everything apart, so that a run that differs in anything starts anew."""
     config, reconstruction = options.quant_config(), options.reconstruction_config()
     images = _fingerprint([np.asarray(array) for item in calib for array in item])
-    parts = f"{checkpoints.code_version()} {model_id} {images} {config} {reconstruction}"
+    parts = f"{saved_state.code_version()} {model_id} {images} {config} {reconstruction}"
     return f"{'calibration' if reconstruction is None else 'reconstruction'}-{_short(parts)}"
 
 

@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.config import METHODS
-from ahcptq_jax.statistics_cache import StatisticsCache
 from experiments import main as main_job
-from experiments import options as options_module
-from experiments import records
-from experiments.allocator import keep_pages
-from experiments.command import finish
-from experiments.options import Options, define_flags, options_from_flags
-from experiments.results import write_atomically
-from experiments.sweep_figure import draw
+from experiments.job import options as options_module
+from experiments.job import records
+from experiments.job.allocator import keep_pages
+from experiments.job.command import finish
+from experiments.job.options import Options, define_flags, options_from_flags
+from experiments.job.results import write_atomically
+from experiments.job.sweep_figure import draw
 
 # What a method's name may switch or set, and the type of its value.
 SWITCHES = ("hluq", "cag", "big", "agq", "hluq_fine", "hluq_reach_maximum", "weight_search")

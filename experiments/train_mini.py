@@ -26,11 +26,11 @@ import optax
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments.mini_data import BatchSettings, Mixture, Photograph, load_photographs, make_batch, prefetch, scene_pool
-from experiments.mini_loss import Batch, LossWeights, auxiliary_head, joint_loss, normalise, pretrain_loss
-from experiments.scenes import EVAL_SEED, make_scene
-from sam_flax.checkpoint import save_params
+from experiments.mini.data import BatchSettings, Mixture, Photograph, load_photographs, make_batch, prefetch, scene_pool
+from experiments.mini.losses import Batch, LossWeights, auxiliary_head, joint_loss, normalise, pretrain_loss
+from experiments.scenes.scenes import EVAL_SEED, make_scene
 from sam_flax.config import MINI, SamConfig
+from sam_flax.files.checkpoint import save_params
 from sam_flax.sam import Params, Sam, call
 
 # Validation scenes of the curve; kept apart from the first EVAL_SEED scenes, which the product is judged on.

@@ -18,11 +18,12 @@ from PIL import Image
 
 import ahcptq_jax
 from ahcptq_jax.config import QuantConfig
-from hwcost import options as options_module
-from hwcost import page, study, tables
-from hwcost.codes import Histogram, load_histograms
-from hwcost.measure import measure_histograms
-from hwcost.options import Options, define_flags, options_from_flags, with_foreign_flags
+from hwcost.counts.codes import Histogram, load_histograms
+from hwcost.counts.measure import measure_histograms
+from hwcost.pages import page, tables
+from hwcost.study import options as options_module
+from hwcost.study import study
+from hwcost.study.options import Options, define_flags, options_from_flags, with_foreign_flags
 from sam_flax.config import CONFIGS, SamConfig
 
 IMAGES = 8

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from sam_flax.config import SamConfig
-from sam_flax.image_encoder import Block, ImageEncoderViT, Neck, PatchEmbed, make_block
+from sam_flax.encoders.vit import Block, ImageEncoderViT, Neck, PatchEmbed, make_block
+from sam_flax.heads.mask_decoder import MaskDecoder
+from sam_flax.heads.prompt_encoder import PromptEncoder
 from sam_flax.layers import in_float32
-from sam_flax.mask_decoder import MaskDecoder
-from sam_flax.prompt_encoder import PromptEncoder
 
 Params = dict[str, Any]  # nested, float32 arrays at the leaves
 Points = tuple[jax.Array, jax.Array]

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_flax import SamConfig, image_encoder
-from sam_flax.convert import convert
+from sam_flax import SamConfig
+from sam_flax.encoders import vit
+from sam_flax.files.convert import convert
 from sam_flax.sam import Params
 
 # Compiled programs are kept, for a repeated run and for the processes that tests start.
@@ -82,4 +83,4 @@ def positions_by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
         offsets = np.arange(n)[:, None] - np.arange(n)[None, :] + n - 1
         return jnp.einsum("...ic,ijc->...ij", q, table[offsets])
 
-    monkeypatch.setattr(image_encoder, "relative_scores", relative_scores)
+    monkeypatch.setattr(vit, "relative_scores", relative_scores)

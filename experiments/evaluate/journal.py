@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.coco import BoxSet, CocoDataset, ImageItem
 from experiments.evaluate.predictions import ImageResult
-from experiments.results import write_atomically
+from experiments.job.results import write_atomically
 
 FORMAT = 1
 

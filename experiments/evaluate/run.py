@@ -11,11 +11,11 @@ from pathlib import Path
 
 import tqdm
 
-from experiments import devices
 from experiments.coco import BoxSet, CocoDataset, ImageItem
 from experiments.evaluate import journal
 from experiments.evaluate.metrics import average_precision, mean_iou
 from experiments.evaluate.predictions import CHUNK_SIZES, ImageResult, Predictor, predict_images
+from experiments.job import devices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from experiments.evaluate import METRICS
+from experiments.job.results import write_atomically
 from experiments.report.charts import chart, describe
 from experiments.report.colours import INK_ON_DARK, INK_ON_LIGHT
 from experiments.report.examples import Example
 from experiments.report.panels import GroupPanel, HybridPanel
 from experiments.report.pictures import draw_masks, draw_prompts, png
 from experiments.report.style import STYLE
-from experiments.results import write_atomically
 
 _ROW_TITLES = {
     "fp": "Floating point",

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax.quantize import prepare
-from ahcptq_jax.quantized import Quantized
+from ahcptq_jax.api import prepare
+from ahcptq_jax.architectures.sites import below, intercept_sites
 from ahcptq_jax.quantizers import Grouped, Hybrid, Uniform
-from ahcptq_jax.sites import below, intercept_sites
-from sam_flax.image_encoder import Block, Neck, PatchEmbed
+from ahcptq_jax.runtime.quantized import Quantized
+from sam_flax.encoders.vit import Block, Neck, PatchEmbed
 from sam_flax.sam import Params, SamModel, apply_embed, apply_stage, call, encoder_stages
 
 # Fine enough that the part up to the breakpoint, a tenth of the range, still has a shape.

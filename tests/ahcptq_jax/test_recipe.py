@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from ahcptq_jax import METHODS, QuantConfig
+from ahcptq_jax.architectures.sites import flatten, intercept_sites
 from ahcptq_jax.recipe import BIMODAL_ATTENTION, RULES, site_kind, weight_path
-from ahcptq_jax.sites import flatten, intercept_sites
 from sam_flax.config import CONFIGS, SamConfig
 from sam_flax.sam import Sam
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from experiments import benchmark, benchmark_rows, benchmark_torch
+from experiments import benchmark
+from experiments.bench import peers, rows
 from sam_flax import Sam
 from sam_flax.config import MINI, VIT_B
 
@@ -99,7 +100,7 @@ def test_fused_attention_is_the_public_one() -> None:
     import torch
 
     with unittest.mock.patch.dict(sys.modules):  # whose other users want the whole package
-        public = benchmark_torch.public_module()
+        public = peers.public_module()
     torch.manual_seed(0)
     attention = public.Attention(16, num_heads=2, use_rel_pos=True, input_size=(5, 5)).eval()
     for table in (attention.rel_pos_h, attention.rel_pos_w):
@@ -107,7 +108,7 @@ def test_fused_attention_is_the_public_one() -> None:
     x = torch.randn(3, 5, 5, 16)
     with torch.inference_mode():
         for in_turn in (False, True):
-            fused = benchmark_torch.fused_attention(public, attention, in_turn)(x)
+            fused = peers.fused_attention(public, attention, in_turn)(x)
             torch.testing.assert_close(fused, attention(x), rtol=1e-5, atol=1e-5)
 
 
@@ -137,13 +138,13 @@ def test_products_are_counted(config: Any) -> None:
     params = jax.eval_shape(sam.init_params, jax.random.key(0))
     images = jnp.zeros((1, config.img_size, config.img_size, 3))
     traced = jax.make_jaxpr(lambda p, x: sam.apply({"params": p}, x, method="encode_image"))(params, images)
-    assert product_flops(traced.jaxpr) == benchmark_rows.encoder_flops(config)
+    assert product_flops(traced.jaxpr) == rows.encoder_flops(config)
 
 
 def test_spans_of_compilation_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     listeners: list[Callable[..., None]] = []
     monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
-    clock = benchmark_rows.CompileClock()
+    clock = rows.CompileClock()
     now: Iterator[float] = iter([2.0, 3.0, 9.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     note = listeners[0]

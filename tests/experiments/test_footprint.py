@@ -9,8 +9,8 @@ import numpy as np
 import ahcptq_jax
 from ahcptq_jax import W4A4
 from ahcptq_jax.recipe import site_kind
+from experiments.bench.made_up import random_quantized
 from experiments.footprint import COLUMNS, table
-from experiments.made_up import random_quantized
 
 
 def test_a_made_up_model_is_one_that_files_take(sam_tiny, tmp_path):

@@ -23,10 +23,10 @@ from safetensors.numpy import save_file
 
 from experiments import coco, integer_check
 from experiments import main as main_job
-from experiments.command import finish
-from experiments.options import Options
-from hwcost.codes import histograms
-from hwcost.options import Options as HwcostOptions
+from experiments.job.command import finish
+from experiments.job.options import Options
+from hwcost.counts.codes import histograms
+from hwcost.study.options import Options as HwcostOptions
 from sam_flax import CONFIGS
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ahcptq_jax.statistics_cache import StatisticsCache
-from experiments import records, sweep
-from experiments.options import Options
-from experiments.sweep_figure import draw
+from ahcptq_jax.calibration.cache import StatisticsCache
+from experiments import sweep
+from experiments.job import records
+from experiments.job.options import Options
+from experiments.job.sweep_figure import draw
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,12 +16,13 @@ from PIL import Image
 
 from ahcptq_jax import W4A4, QuantConfig
 from hwcost import __main__ as command
-from hwcost import page, study
-from hwcost.accelerator import PRESETS
-from hwcost.codes import Histogram, to_json
-from hwcost.compare import BASELINES, METHOD, variants
-from hwcost.options import Options, with_foreign_flags
-from hwcost.study import Study
+from hwcost.board.accelerator import PRESETS
+from hwcost.counts.codes import Histogram, to_json
+from hwcost.pages import page
+from hwcost.study import study
+from hwcost.study.compare import BASELINES, METHOD, variants
+from hwcost.study.options import Options, with_foreign_flags
+from hwcost.study.study import Study
 from sam_flax.config import MINI
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +142,7 @@ def test_flags_of_the_main_job_are_taken_from_a_file_alone(tmp_path: Path) -> No
     with pytest.MonkeyPatch.context() as patch:
         values = flags.FlagValues()
         flags.DEFINE_integer("w_bits", 4, "", flag_values=values)
-        patch.setattr("hwcost.options.flags.FLAGS", values)
+        patch.setattr("hwcost.study.study.options.flags.FLAGS", values)
         expanded = with_foreign_flags(["hwcost", f"--flagfile={flagfile}", "--w_bits=5"])
         assert expanded[-1] == "--undefok=boxes,checkpoint,noblank"
         assert with_foreign_flags(["hwcost", "--w_bits=5"]) == ["hwcost", "--w_bits=5"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sam_flax.config import SamConfig
-from sam_flax.convert import convert
+from sam_flax.files.convert import convert
 from sam_flax.sam import Params
 
 EXECUTION = {

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sam_flax import MINI, VIT_B, VIT_H, VIT_L, Sam, SamConfig, SamModel, load_sam
-from sam_flax import image_encoder as encoder_module
-from sam_flax.image_encoder import (
+from sam_flax.encoders import vit as encoder_module
+from sam_flax.encoders.vit import (
     Attention,
     PatchEmbed,
     attention,

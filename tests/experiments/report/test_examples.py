@@ -5,7 +5,7 @@ import numpy as np
 from experiments.coco import CocoDataset, annotated_boxes
 from experiments.evaluate import ShapePredictor, evaluate, filled_box, inscribed_ellipse
 from experiments.report import make_examples
-from experiments.scenes import scene_dataset, to_coco
+from experiments.scenes.scenes import scene_dataset, to_coco
 
 
 def test_examples_span_the_agreement():

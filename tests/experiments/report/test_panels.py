@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ahcptq_jax import QuantConfig
-from ahcptq_jax.quantized import Quantized
+from ahcptq_jax.architectures.sites import intercept_sites
 from ahcptq_jax.quantizers import Grouped, Hybrid, Uniform
-from ahcptq_jax.sites import intercept_sites
+from ahcptq_jax.runtime.quantized import Quantized
 from experiments.report import GroupPanel, HybridPanel, panels
 from sam_flax import preprocessing
 from sam_flax.sam import Sam, SamModel

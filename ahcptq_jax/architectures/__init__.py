@@ -1,0 +1,1 @@
+"""What quantization must know of a model."""

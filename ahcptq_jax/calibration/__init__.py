@@ -1,0 +1,1 @@
+"""From a few images to quantizers: passes over the model, statistics of sites, searches."""

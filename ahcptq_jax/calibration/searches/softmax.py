@@ -1,0 +1,168 @@
+"""AGQ's tau and scale, by the error of attention times values."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ahcptq_jax.calibration.searches.batches import COARSE_ELEMENTS, no_batches
+from ahcptq_jax.calibration.searches.loss import loss_power
+from ahcptq_jax.quantizers import Log2, log2_fake_quant
+from ahcptq_jax.quantizers.base import check_bits
+from ahcptq_jax.quantizers.log2 import TAUS
+
+# The coarse search takes no fewer of a large attention's rows than one in so many.
+MOST_THINNED = 12
+# From more values on, the fine search takes fewer points.
+FINE_ELEMENTS = 2**22
+
+
+class SoftmaxState(NamedTuple):
+    """Running statistics of the softmax search, one entry per tau (1, 2, 4).
+
+    Attributes:
+        scale_sum: ``(3,)`` sum over batches of the best scale.
+        error_sum: ``(3,)`` sum over batches of its loss.
+        batches: batches seen.
+    """
+
+    scale_sum: jax.Array
+    error_sum: jax.Array
+    batches: jax.Array
+
+
+def softmax_init() -> SoftmaxState:
+    """Empty state."""
+    return SoftmaxState(jnp.zeros(len(TAUS), jnp.float32), jnp.zeros(len(TAUS), jnp.float32), jnp.float32(0))
+
+
+@functools.partial(jax.jit, static_argnames=("levels", "max_elements"))
+def softmax_update(
+    state: SoftmaxState, attention: jax.Array, value: jax.Array, levels: int, max_elements: int | None = 2**24
+) -> SoftmaxState:
+    """Adds a batch: the best scale and its loss for every tau.
+
+    The loss has many small dents around one valley, so the bounded search is by grids, each over the neighbourhood of
+    the best of the one before; for large tensors the first ones on an evenly spaced part of the rows.
+
+    Args:
+        state: from ``softmax_init`` or an earlier update.
+        attention: (..., queries, keys) softmax outputs.
+        value: (..., keys, width).
+        levels: number of nonzero levels.
+        max_elements: of a larger attention an evenly spaced part of the queries stands for all (None: never).
+
+    Source: official ``LogAvgMSEFastObserver``.
+    """
+    attention = jnp.asarray(attention, jnp.float32).reshape(-1, *attention.shape[-2:])
+    value = jnp.asarray(value, jnp.float32).reshape(-1, *value.shape[-2:])
+    maximum = jnp.max(attention)
+    low, high = jnp.minimum(0.1, 0.01 * maximum), maximum
+    tau = jnp.asarray(TAUS, jnp.int32)
+
+    def thinned(limit: int | None) -> jax.Array:
+        stride = 1 if limit is None else math.ceil(attention.size / limit)
+        return attention[:, :: max(1, min(stride, attention.shape[1]))]
+
+    fine = thinned(max_elements)
+    # Of fewer rows, the valley of the loss lies elsewhere.
+    coarse = thinned(max(COARSE_ELEMENTS, fine.size // MOST_THINNED))
+    # (rows, points of the grid, half-width of the next one in grid steps). Small tensors are rough and cheap, large
+    # ones smooth and dear.
+    if fine.size <= COARSE_ELEMENTS:
+        rounds = [(fine, 33, 1.0), (fine, 33, 4.0), (fine, 65, 1.0), (fine, 17, 1.0)]
+    elif fine.size <= FINE_ELEMENTS:
+        rounds = [(coarse, 33, 3.0), (fine, 17, 1.0)]
+    else:
+        rounds = [(coarse, 33, 2.0), (fine, 9, 1.0)]
+    left, right = jnp.full(tau.shape, low), jnp.full(tau.shape, high)
+    best_scale = left
+    best_loss = jnp.full(tau.shape, jnp.inf)
+    for rows, points, reach in rounds:
+        scales = left[:, None] + (right - left)[:, None] * jnp.linspace(0.0, 1.0, points)  # (3, points)
+        losses = _softmax_losses(rows, value, tau, scales, levels)
+        chosen = jnp.argmin(losses, axis=1)[:, None]
+        scale, loss = (jnp.take_along_axis(a, chosen, axis=1)[:, 0] for a in (scales, losses))
+        if rows is fine:
+            # Losses on the same rows are comparable from grid to grid.
+            better = loss < best_loss
+            best_scale, best_loss = jnp.where(better, scale, best_scale), jnp.minimum(loss, best_loss)
+        else:
+            best_scale = scale
+        half = (right - left) / (points - 1) * reach
+        left, right = jnp.maximum(best_scale - half, low), jnp.minimum(best_scale + half, high)
+    return SoftmaxState(state.scale_sum + best_scale, state.error_sum + best_loss, state.batches + 1)
+
+
+def softmax_finalize(state: SoftmaxState, bits: int) -> Log2:
+    """The tau with the least total loss, and the mean of its best scales."""
+    if not state.batches:
+        raise no_batches()
+    if not np.all(np.isfinite(np.asarray(state.error_sum))):
+        raise ValueError("the softmax losses are not finite; the attention or the values hold NaN or infinity")
+    index = int(np.argmin(np.asarray(state.error_sum)))
+    return Log2(state.scale_sum[index] / state.batches, jnp.int32(TAUS[index]), bits)
+
+
+def search_softmax(
+    attention_batches: Iterable[jax.Array],
+    value_batches: Iterable[jax.Array],
+    bits: int,
+    levels: int | None = None,
+    max_elements: int | None = 2**24,
+) -> Log2:
+    """AGQ's search: tau in {1, 2, 4} and the scale with the least mean ``|A_q V - A V|^2.4``.
+
+    Args:
+        attention_batches: softmax outputs (..., queries, keys), at least one.
+        value_batches: as many values (..., keys, width).
+        bits: code width, 2 to 8.
+        levels: number of nonzero levels; default ``2^bits - 1``, what the quantizer has (``2^bits``: official).
+        max_elements: see ``softmax_update``.
+
+    Raises:
+        ValueError: on bad bits, no batch, unequal numbers of batches or shapes that do not fit.
+    """
+    check_bits(bits)
+    levels = 2**bits - 1 if levels is None else levels
+    state = softmax_init()
+    for attention, value in zip(attention_batches, value_batches, strict=True):
+        if attention.ndim < 2 or value.ndim < 2 or attention.shape[-1] != value.shape[-2]:
+            raise ValueError(
+                f"attention {tuple(attention.shape)} must be (..., queries, keys) and value {tuple(value.shape)} "
+                "(..., keys, width) with the same keys"
+            )
+        state = softmax_update(state, attention, value, levels, max_elements)
+    return softmax_finalize(state, bits)
+
+
+def _softmax_losses(
+    attention: jax.Array, value: jax.Array, tau: jax.Array, scales: jax.Array, levels: int
+) -> jax.Array:
+    """Mean ``|A_q V - A V|^2.4`` (3, n) for each tau (3,) and its scales (3, n), of (B, R, K) times (B, K, D)."""
+    batch, rows, keys = attention.shape
+    # Blocks that stay in the cache: 3 times as fast on a CPU as the whole tensor at once.
+    together = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * rows * keys <= 2**20))
+    blocks = (
+        attention.reshape(batch // together, together, rows, keys),
+        value.reshape(batch // together, together, keys, value.shape[-1]),
+    )
+
+    def loss(candidate: tuple[jax.Array, jax.Array]) -> jax.Array:
+        scale, tau = candidate
+
+        def block_loss(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+            attention, value = block
+            error = log2_fake_quant(attention, scale, tau, levels) - attention
+            return jnp.mean(loss_power(jnp.abs(jnp.matmul(error, value, precision=jax.lax.Precision.HIGHEST))))
+
+        return jnp.mean(jax.lax.map(block_loss, blocks))
+
+    pairs = (scales.reshape(-1), jnp.repeat(tau, scales.shape[1]))
+    return jax.lax.map(loss, pairs).reshape(scales.shape)

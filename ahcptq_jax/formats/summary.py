@@ -1,0 +1,150 @@
+"""`quantized.summary()`: what every layer became, and what each part of the artefact weighs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+import numpy as np
+
+from ahcptq_jax.formats import artefact
+from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer
+from ahcptq_jax.recipe import weight_path
+from ahcptq_jax.runtime.quantized import Quantized
+from sam_flax.files.parameters import parameter_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer, one attention site, or one part left in floating point.
+
+    Attributes:
+        name: path of the layer, of the site, or of the part.
+        shape: of the kernel; empty where there is none.
+        w_bits: width of its weights' codes; None where there are none, 16 or 32 in floating point.
+        a_bits: width of its input's codes, or the site's; None in floating point.
+        kind: of the activation quantizer, "" for none.
+        groups: distinct scales of the activation quantizer, 0 for none.
+        detail: numbers of the quantizer that say how it divides its range: HLUQ's `log` of `all` codes, breakpoint
+            above the minimum, and step; AGQ's tau.
+        nbytes: bytes in the artefact: codes, scales, zero points, labels.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    w_bits: int | None
+    a_bits: int | None
+    kind: str
+    groups: int
+    detail: str
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Rows in the order of the model's paths, and the total; `str()` makes a table of them.
+
+    Attributes:
+        rows: quantized layers and sites, then what stays in floating point, then the file's header.
+        float32_nbytes: size of the model's parameters before quantization.
+    """
+
+    rows: tuple[Row, ...]
+    float32_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the artefact in bytes."""
+        return sum(row.nbytes for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("layer", "shape", "W", "A", "quantizer", "groups", "detail", "bytes")
+        body = [
+            (
+                row.name,
+                "x".join(map(str, row.shape)),
+                str(row.w_bits or "-"),
+                str(row.a_bits or "-"),
+                row.kind or "-",
+                str(row.groups or "-"),
+                row.detail or "-",
+                f"{row.nbytes:,}",
+            )
+            for row in self.rows
+        ]
+        share = self.nbytes / self.float32_nbytes
+        total = ("total", "", "", "", "", "", f"{share:.3f} of float32 ({self.float32_nbytes:,})", f"{self.nbytes:,}")
+        widths = [max(map(len, column)) for column in zip(head, *body, total, strict=True)]
+        right = {"W", "A", "groups", "bytes"}
+
+        def line(cells: tuple[str, ...]) -> str:
+            padded = (
+                cell.rjust(width) if name in right else cell.ljust(width)
+                for cell, width, name in zip(cells, widths, head, strict=True)
+            )
+            return "  ".join(padded).rstrip()
+
+        rule = "-" * len(line(head))
+        return "\n".join([line(head), rule, *map(line, body), rule, line(total)])
+
+
+def summarize(quantized: Quantized, remainder: artefact.Remainder = "fp16") -> Summary:
+    """The summary of a model as `save` would write it with the same `remainder`; the total is the file's size.
+
+    Raises:
+        ValueError: as `save` does, if the model is not sound.
+    """
+    tensors = artefact.tensors_of(quantized, remainder)
+    rows = []
+    paths = {weight_path(site) or site for site in quantized.activations} | set(quantized.weights)
+    for path in sorted(paths, key=_by_number):
+        weight = quantized.weights.get(path)
+        site = path if path in quantized.activations else f"{path}/input"
+        quantizer = quantized.activations.get(site)
+        names = [f"weights/{path}/{part}" for part in ("codes", "scale", "zero_point")]
+        names += [f"activations/{site}", f"activations/{site}/groups"]
+        rows.append(
+            Row(
+                name=path,
+                shape=weight.shape if weight else (),
+                w_bits=weight.bits if weight else None,
+                a_bits=quantizer.bits if quantizer else None,
+                kind=artefact.kind_of(quantizer) if quantizer else "",
+                groups=int(np.size(quantizer.scale)) if isinstance(quantizer, Grouped) else 0,
+                detail=_detail(quantizer),
+                nbytes=sum(tensors[name].nbytes for name in names if name in tensors),
+            )
+        )
+    parts: dict[str, int] = defaultdict(int)
+    for name, tensor in tensors.items():
+        if name.startswith("params/"):
+            parts["/".join(name.split("/")[1:3])] += tensor.nbytes
+    float_bits = 8 * np.dtype(artefact.REMAINDERS[remainder]).itemsize
+    rows += [Row(f"{part} (float)", (), float_bits, None, "", 0, "", size) for part, size in sorted(parts.items())]
+    header = len(artefact.header_bytes(quantized, tensors, checksums=False))
+    rows.append(Row("header (names, shapes, configuration, checksums)", (), None, None, "", 0, "", header))
+    original = sum(math.prod(shape) for shape in parameter_shapes(quantized.config).values())
+    return Summary(tuple(rows), 4 * original)
+
+
+def _by_number(path: str) -> list[tuple[int, str]]:
+    """A key that sorts blocks_10 after blocks_9."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path)]
+
+
+def _detail(quantizer: Quantizer | None) -> str:
+    if isinstance(quantizer, Hybrid):
+        log, low, step = (_scalar(x) for x in (quantizer.log_levels, quantizer.scale_log, quantizer.scale_uniform))
+        minimum = _scalar(quantizer.minimum)
+        return (
+            f"{log:.0f} of {2**quantizer.bits} codes log up to {low:.3g} above {minimum:.3g}, then steps of {step:.3g}"
+        )
+    if isinstance(quantizer, Log2):
+        return f"tau {_scalar(quantizer.tau):.0f}"
+    return ""
+
+
+def _scalar(value: object) -> float:
+    return float(np.asarray(value).reshape(()))

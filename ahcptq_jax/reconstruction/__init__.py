@@ -1,0 +1,1 @@
+"""Block reconstruction: the learning of rounding and of scales, unit after unit."""

@@ -1,0 +1,432 @@
+"""Learning the rounding and the scales of one unit: state, step, regrouping. Pure functions.
+
+QDrop (arXiv 2203.05740) with AdaRound weights, LSQ scales and the progressive grouping of CAG. One compiled function
+runs any number of iterations of any unit of a shape: the number of iterations is traced, and groups of channels are
+kept in arrays with room for one group per channel.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
+from ahcptq_jax.calibration import grouping
+from ahcptq_jax.config import check_types
+from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform, fake_quant_lsq
+from ahcptq_jax.quantizers.base import MIN_SCALE
+from ahcptq_jax.reconstruction import adaround
+from ahcptq_jax.reconstruction.units import GRANULARITIES, PARTS, Operation
+from ahcptq_jax.runtime.quantized import QuantizedWeight
+from sam_flax.layers import in_float32
+from sam_flax.sam import Params
+
+# Shares of the iterations after which channels are grouped into 8G, 4G, 2G and G (paper, section on CAG).
+REGROUP_AT = (0.2, 0.4, 0.6, 0.8)
+
+PAPER_ITERATIONS = 20000
+PAPER_ROUNDING_RATE = 1e-3
+PAPER_SCALE_RATE = 4e-5
+RELATIVE_SCALE_RATE = 1e-4
+MOST_SCALE_RATE = 0.05
+
+_SCALES: dict[type, tuple[str, ...]] = {
+    Uniform: ("scale",),
+    Grouped: ("scale",),
+    Log2: ("scale",),
+    Hybrid: ("scale_log", "scale_uniform"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """Switches and numbers of the reconstruction; the defaults are the paper's but for the steps of the scales.
+
+    Learning rates that are not given depend on the number of iterations, so that few of them travel as far as the
+    paper's 20000. Its rounding rate grows by the square root of how many times fewer there are (noisy gradients, whose
+    steps add up like a random walk), its scale rate in proportion (scales move one way). A scale's step is relative to
+    the scale by default, where 1e-4 takes the place of the paper's 4e-5, which is 1e-4 of a scale of 0.4: on MINI at
+    200 iterations masks agree more with floating point than with absolute steps of any size that was tried.
+    200 iterations: 1e-2 and 1e-2.
+
+    Raises:
+        ValueError: if a number is out of its range, or the switches contradict each other.
+    """
+
+    iterations: int = PAPER_ITERATIONS  # per unit
+    batch: int = 1  # images per iteration
+    learn_rounding: bool = True  # AdaRound; else weights stay rounded to nearest
+    learn_scales: bool = True  # LSQ
+    rounding_rate: float | None = None  # Adam, constant; None: see above
+    scale_rate: float | None = None  # Adam, cosine decay to 0 over all iterations; None: see above
+    relative_steps: bool = True  # steps of scales in proportion to the scale; the official ones are absolute
+    # QDrop: share of a unit's input that is taken from the floating-point model, and of every activation inside that
+    # passes unquantized, drawn elementwise.
+    input_drop: float = 0.5
+    activation_drop: float = 0.5
+    granularity: str = "part"  # what is learned together in the encoder: a part of a block, or "block"
+    loss_power: float = 2.0  # of the errors of a unit's output; 2 is the paper's
+    rounding_weight: float = 0.01  # of the regularizer, once warm
+    warmup: float = 0.2  # share of iterations without regularizer
+    beta_start: float = 20.0  # the regularizer's exponent, decaying linearly after the warm-up
+    beta_end: float = 2.0
+    parts: tuple[str, ...] = PARTS  # what is reconstructed; the rest keeps its calibration
+    seed: int = 0  # of batches and drops
+    # What follows has no influence on the result.
+    chunk: int = 50  # iterations per call of the compiled function
+    memory_budget: int = 4 * 2**30  # bytes of cached inputs and outputs held in memory; more go to disk
+    save_seconds: float = 300.0  # between saves inside a unit
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, least in (("iterations", 0), ("batch", 1), ("chunk", 1), ("memory_budget", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
+        for name in ("rounding_rate", "scale_rate", "rounding_weight", "save_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be a finite number and not negative.")
+        for name in ("input_drop", "activation_drop", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in 0..1.")
+        if not 1 <= self.beta_end <= self.beta_start:
+            raise ValueError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must fall, to 1 at least.")
+        if not 1 <= self.loss_power < math.inf:
+            raise ValueError(f"loss_power={self.loss_power} must be a finite number of at least 1.")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity={self.granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}.")
+        if unknown := sorted(set(self.parts) - set(PARTS)):
+            raise ValueError(f"parts has {unknown[0]!r}; choose of {', '.join(PARTS)}.")
+        halves, chosen = {"encoder_attention", "encoder_mlp"}, set(self.parts)
+        asked, made = (halves, {"encoder_block"}) if self.granularity == "block" else ({"encoder_block"}, halves)
+        if asked & chosen and not made & chosen:
+            raise ValueError(
+                f"parts={self.parts} and granularity={self.granularity!r} leave the encoder's blocks as they are; name "
+                f"{' or '.join(sorted(made))} among the parts."
+            )
+
+    def rates(self) -> tuple[float, float]:
+        """Learning rates of rounding and of scales."""
+        fewer = PAPER_ITERATIONS / max(self.iterations, 1)
+        rounding = PAPER_ROUNDING_RATE * math.sqrt(fewer) if self.rounding_rate is None else self.rounding_rate
+        if self.scale_rate is not None:
+            return rounding, self.scale_rate
+        return rounding, min(
+            (RELATIVE_SCALE_RATE if self.relative_steps else PAPER_SCALE_RATE) * fewer, MOST_SCALE_RATE
+        )
+
+    def result_settings(self) -> "ReconstructionConfig":
+        """Itself with defaults for what has no influence on the result; equal settings give equal results."""
+        default = ReconstructionConfig()
+        same = {name: getattr(default, name) for name in ("chunk", "memory_budget", "save_seconds")}
+        return dataclasses.replace(self, **same)
+
+    def regroup_steps(self) -> tuple[int, ...]:
+        """The iteration before which each rung of the ladder is taken."""
+        return tuple(int(share * self.iterations) for share in REGROUP_AT)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "floors", "weights"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What stays fixed while a unit is learned; paths are relative to the unit.
+
+    Attributes:
+        params: nested parameters, less the kernels whose rounding is learned.
+        floors: layer -> `floor(weight / scale)` of those kernels, (..., out).
+        weights: layer -> scale and zero point, (out,).
+    """
+
+    params: Params
+    floors: dict[str, jax.Array]
+    weights: dict[str, Uniform]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rounding", "quantizers", "rounding_moments", "scale_moments"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What is learned, and the optimizers' memory.
+
+    Attributes:
+        rounding: layer -> alpha, (..., out).
+        quantizers: site -> quantizer; a `Grouped` one has room for one group per channel.
+        rounding_moments: optax state of `rounding`.
+        scale_moments: optax state of the quantizers' scales.
+    """
+
+    rounding: dict[str, jax.Array]
+    quantizers: dict[str, Quantizer]
+    rounding_moments: optax.OptState
+    scale_moments: optax.OptState
+
+
+def _optimizers(config: ReconstructionConfig) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    rounding_rate, scale_rate = config.rates()
+    schedule = optax.cosine_decay_schedule(scale_rate, max(config.iterations, 1))
+    # Adam's moments come first in the second state: `regroup` maps them.
+    scales = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(schedule))
+    return optax.adam(rounding_rate), scales
+
+
+def _scales_of(quantizers: Mapping[str, Quantizer]) -> dict[str, dict[str, jax.Array]]:
+    return {path: {name: getattr(q, name) for name in _SCALES[type(q)]} for path, q in quantizers.items()}
+
+
+def _with_scales(quantizers: Mapping[str, Quantizer], scales: Mapping[str, dict[str, Any]]) -> dict[str, Quantizer]:
+    return {path: dataclasses.replace(q, **scales.get(path, {})) for path, q in quantizers.items()}
+
+
+def roomy(quantizer: Quantizer) -> Quantizer:
+    """The quantizer as the compiled step takes it: groups padded to one per channel, leaves of plain types."""
+    if isinstance(quantizer, Grouped):
+        missing = np.shape(quantizer.groups)[0] - np.shape(quantizer.scale)[0]
+        scale, zero = (
+            np.pad(np.asarray(a), (0, missing), mode="edge") for a in (quantizer.scale, quantizer.zero_point)
+        )
+        quantizer = dataclasses.replace(quantizer, scale=scale, zero_point=zero)
+    # Copies, since the step reuses the memory of its arguments.
+    return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), quantizer)
+
+
+def start(
+    params: Params,
+    weights: Mapping[str, QuantizedWeight],
+    quantizers: Mapping[str, Quantizer],
+    config: ReconstructionConfig,
+) -> tuple[Problem, State]:
+    """A unit ready to be learned.
+
+    Args:
+        params: its floating-point parameters, kernels included.
+        weights: its layers' calibrated weights, whose scales and zero points are kept.
+        quantizers: its sites' calibrated quantizers.
+    """
+    flat = flatten(params)
+    floors, alphas, uniform = {}, {}, {}
+    for layer, weight in weights.items():
+        path = f"{layer}/kernel"
+        if not config.learn_rounding:
+            flat[path] = weight.decode()
+            continue
+        kernel = jnp.asarray(flat.pop(path), jnp.float32)
+        uniform[layer] = Uniform(jnp.asarray(weight.scale), jnp.asarray(weight.zero_point), weight.bits)
+        floors[layer] = jnp.floor(kernel / weight.scale)
+        alphas[layer] = adaround.initial_alpha(kernel, weight.scale)
+    rooms = {path: roomy(q) for path, q in quantizers.items()}
+    rounding, scales = _optimizers(config)
+    learned = _scales_of(rooms) if config.learn_scales else {}
+    return Problem(unflatten(flat), floors, uniform), State(alphas, rooms, rounding.init(alphas), scales.init(learned))
+
+
+Seed = jax.Array  # (2,) uint32
+
+
+def _random_words(seed: Seed, shape: tuple[int, ...]) -> jax.Array:
+    """uint32 words of `shape`: a hash of (seed, position), which is all that drops need.
+
+    JAX's own generators write their words to memory first; this one is fused into its use, and costs a fifth.
+    """
+    position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    # The multipliers and shifts of C. Wellons' "lowbias32" (public domain), after a Weyl step.
+    word = position * jnp.uint32(0x9E3779B9) + seed[0]
+    word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D) ^ seed[1]
+    word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
+    return word ^ (word >> 16)
+
+
+def _mix(seed: Seed, value: jax.Array, instead: jax.Array, share: float) -> jax.Array:
+    """`value` with about `share` of its elements taken from `instead`."""
+    if share in (0, 1):
+        return instead if share else value
+    return jnp.where(_random_words(seed, value.shape) < jnp.uint32(share * 2**32), instead, value)
+
+
+def _dropping(quantizers: Mapping[str, Quantizer], seeds: jax.Array, share: float) -> Any:
+    """A site handler: quantizes, with LSQ's gradients, all but a random `share` of the elements.
+
+    LSQ's factor takes the size of what passes at once: of an attention map that comes in pieces, a piece's. Adam does
+    not see the difference, but for its epsilon.
+
+    Args:
+        seeds: (sites, 2), for the sites in alphabetical order.
+    """
+    numbers = {path: i for i, path in enumerate(sorted(quantizers))}
+
+    def handle(path: str, value: Any) -> Any:
+        if path not in quantizers or share == 1:
+            return value
+        seed = seeds[numbers[path]]
+        if path.endswith("softmax"):
+            # A large attention map comes here in pieces, in a loop traced once: their content tells them apart.
+            content = jnp.sum(jax.lax.stop_gradient(value[..., 0]))
+            seed = seed ^ jax.lax.bitcast_convert_type(content, jnp.uint32)
+        return _mix(seed, fake_quant_lsq(quantizers[path], value), value, share)
+
+    return handle
+
+
+def _merge_rows(a: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows (B,) of (M, b, ...) as one batch (B*b, ...)."""
+    return a[rows].reshape(-1, *a.shape[2:])
+
+
+@partial(jax.jit, static_argnames=("operation", "loss_axis", "config"), donate_argnames="state")
+@in_float32
+def advance(
+    problem: Problem,
+    state: State,
+    store: Any,
+    places: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    key: jax.Array,
+    *,
+    operation: Operation,
+    loss_axis: int,
+    config: ReconstructionConfig,
+) -> tuple[State, jax.Array]:
+    """Iterations `first` to `last - 1` of a unit's reconstruction.
+
+    Args:
+        store: (quantized inputs, original inputs, target) with rows (M, b, ...); see `blocks.Feeder`.
+        places: (chunk, batch) int32, the rows of each iteration, counted from `first`.
+        first, last: traced, at most `chunk` apart: stages of any length are one program.
+        key: of the unit; iterations derive theirs from it.
+
+    Returns:
+        The new state, and the mean over the iterations of the reconstruction loss and of the weighted regularizer.
+    """
+    rounding_optimizer, scale_optimizer = _optimizers(config)
+
+    def loss(
+        rounding: dict, scales: dict, quantizers: dict, step: jax.Array, rows: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        inputs, original, target = jax.tree.map(lambda a: _merge_rows(a, rows), store)
+        seeds = jax.random.bits(jax.random.fold_in(key, step), (len(inputs) + len(quantizers), 2), jnp.uint32)
+        mixed = zip(seeds[: len(inputs)], inputs, original, strict=True)
+        args = [_mix(seed, q, o, config.input_drop) for seed, q, o in mixed]
+        kernels = {
+            f"{layer}/kernel": adaround.soft_weight(problem.floors[layer], alpha, problem.weights[layer])
+            for layer, alpha in rounding.items()
+        }
+        params = unflatten(flatten(problem.params) | kernels)
+        handler = _dropping(_with_scales(quantizers, scales), seeds[len(inputs) :], config.activation_drop)
+        with intercept_sites(handler):
+            output = operation(params, *args)
+        difference = jnp.square(output - target)
+        if config.loss_power != 2:
+            # The power of a square: its gradient at 0 is a number, once it is kept off 0.
+            difference = jnp.power(difference + 1e-12, config.loss_power / 2)
+        error = jnp.mean(jnp.sum(difference, axis=loss_axis))
+        done = step + 1
+        beta = adaround.temperature(done, config.iterations, config.warmup, config.beta_start, config.beta_end)
+        warm = done >= config.warmup * config.iterations
+        penalty = sum((jnp.sum(adaround.regularizer(a, beta)) for a in rounding.values()), jnp.float32(0))
+        penalty = jnp.where(warm, config.rounding_weight * penalty, 0.0)
+        return error + penalty, jnp.stack([error, penalty])
+
+    def iterate(step: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        state, losses = carry
+        scales = _scales_of(state.quantizers) if config.learn_scales else {}
+        gradients, parts = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+            state.rounding, scales, state.quantizers, step, places[step - first]
+        )
+        updates, rounding_moments = rounding_optimizer.update(gradients[0], state.rounding_moments)
+        rounding = optax.apply_updates(state.rounding, updates)
+        updates, scale_moments = scale_optimizer.update(gradients[1], state.scale_moments)
+        if config.relative_steps:
+            # Scales of a few thousandths and of several units take part alike.
+            updates = jax.tree.map(jnp.multiply, updates, scales)
+        # As the official code: a scale that crosses zero is reflected.
+        scales = jax.tree.map(lambda s: jnp.maximum(jnp.abs(s), MIN_SCALE), optax.apply_updates(scales, updates))
+        quantizers = _with_scales(state.quantizers, scales)
+        return State(rounding, quantizers, rounding_moments, scale_moments), losses + parts
+
+    # Not a scan over the chunk: a loop with traced ends needs no second program for a shorter chunk.
+    state, losses = jax.lax.fori_loop(first, last, iterate, (state, jnp.zeros(2)))
+    return state, losses / jnp.maximum(last - first, 1)
+
+
+def regroup(state: State, groups: int, final: int, metric: str) -> State:
+    """One rung of CAG's ladder: the channels of every `Grouped` quantizer into `groups`, moments included.
+
+    Args:
+        final: groups at the end of the ladder.
+        metric: of the k-means, see `grouping.group_channels`.
+    """
+    quantizers = dict(state.quantizers)
+    adam, *rest = state.scale_moments
+    for path, quantizer in state.quantizers.items():
+        if not isinstance(quantizer, Grouped) or groups >= quantizer.groups.shape[0]:
+            continue
+        # Room for the widest rung, so that all rungs are one program.
+        room = min(grouping.ladder_stages(final)[0], quantizer.groups.shape[0])
+        alone = quantizer.per_channel()
+        scale, zero_point, labels = grouping.group_padded(
+            alone.scale, alone.zero_point, jnp.int32(groups), room=room, metric=metric, bits=quantizer.bits
+        )
+        quantizers[path] = dataclasses.replace(quantizer, scale=scale, zero_point=zero_point, groups=labels)
+        if path in adam.mu:
+            mu, nu = _map_moments(adam.mu[path]["scale"], adam.nu[path]["scale"], quantizer.groups, labels)
+            adam = adam._replace(mu=adam.mu | {path: {"scale": mu}}, nu=adam.nu | {path: {"scale": nu}})
+    return dataclasses.replace(state, quantizers=quantizers, scale_moments=(adam, *rest))
+
+
+@jax.jit
+def _map_moments(mu: jax.Array, nu: jax.Array, old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adam's moments (C,) of groups labelled `old` (C,), for the groups `new` (C,) that they were merged into.
+
+    The gradient of a merged scale is the sum of those it replaces, and so is its mean. Its root mean square is at most
+    the sum of theirs; that bound is taken, so that no step grows by merging.
+    """
+    share = 1.0 / jnp.zeros_like(mu).at[old].add(1.0)[old]  # each old group counts once, over its channels
+    merged = jnp.zeros_like(mu).at[new].add(mu[old] * share)
+    root = jnp.zeros_like(nu).at[new].add(jnp.sqrt(nu[old]) * share)
+    return merged, jnp.square(root)
+
+
+def finish(
+    problem: Problem,
+    state: State,
+    weights: Mapping[str, QuantizedWeight],
+    quantizers: Mapping[str, Quantizer],
+    groups: int,
+) -> tuple[dict[str, QuantizedWeight], dict[str, Quantizer]]:
+    """The unit's integer weights and deterministic quantizers: every layer's rounding is made hard.
+
+    Args:
+        weights: what `start` was given; layers whose rounding is not learned keep theirs.
+        quantizers: what `start` was given.
+        groups: at the end of the ladder; 0 if there was none.
+    """
+    found = dict(weights)
+    for layer, alpha in state.rounding.items():
+        uniform = problem.weights[layer]
+        codes = adaround.hard_codes(problem.floors[layer], alpha, uniform)
+        found[layer] = QuantizedWeight.from_codes(codes, uniform.scale, uniform.zero_point, uniform.bits)
+    trimmed: dict[str, Quantizer] = {}
+    for path, quantizer in state.quantizers.items():
+        if isinstance(quantizer, Grouped):
+            before = quantizers[path]
+            assert isinstance(before, Grouped)
+            calibrated = np.shape(before.scale)[0]
+            count = min(calibrated, groups) if groups else calibrated
+            quantizer = dataclasses.replace(
+                quantizer, scale=quantizer.scale[:count], zero_point=quantizer.zero_point[:count]
+            )
+        trimmed[path] = quantizer
+    return found, trimmed

@@ -1,0 +1,1 @@
+"""What runs a quantized model: products on codes, and layers in place of SAM's."""

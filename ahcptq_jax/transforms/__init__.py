@@ -1,0 +1,1 @@
+"""Rewritings of floating-point parameters that come before quantization."""

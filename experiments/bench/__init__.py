@@ -1,0 +1,1 @@
+"""The parts that `experiments.benchmark` times, each in a process of its own."""

@@ -1,0 +1,285 @@
+"""The work that `experiments.benchmark` times, and the fresh process in which each row of it runs.
+
+A row is prepared once and then run as often as it is asked to; see `serve` for how a process is spoken to.
+"""
+
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+
+from ahcptq_jax.calibration import grouping, searches
+from ahcptq_jax.calibration.statistics import draw_rows
+from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.quantizers import Hybrid
+from experiments.bench import learning, peers
+from experiments.job.allocator import keep_pages
+from sam_flax import Sam, SamModel
+from sam_flax.config import MINI, VIT_B, VIT_H, VIT_L, SamConfig
+
+BITS = 4
+CEILING_SIDE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One row, ready to run.
+
+    Attributes:
+        run: does the work and returns its result, which may still be under way.
+        parts: what `run` does at once; the row's seconds are those of one part.
+        flops: floating-point operations of its matrix products, where their rate is of interest.
+    """
+
+    run: Callable[[], Any]
+    parts: int = 1
+    flops: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is timed.
+
+    Attributes:
+        name: as `--rows` takes it.
+        what: in words.
+        prepare: makes the work; its argument asks for toy sizes, at which times mean nothing.
+        prepare_torch: the same by public PyTorch code, where there is such code.
+    """
+
+    name: str
+    what: str
+    prepare: Callable[[bool], Work]
+    prepare_torch: Callable[[bool], Work] | None = None
+
+
+# --- The image encoder ------------------------------------------------------------------------------------------------
+
+
+def encoder_flops(config: SamConfig) -> float:
+    """Floating-point operations (two per multiply-add) of the encoder's matrix products on one image.
+
+    Linear layers count their tokens without padding; attention counts windows whole, as padding takes part in it.
+    """
+    tokens, width = config.grid**2, config.embed_dim
+    total = tokens * width * 3 * config.patch_size**2
+    for index in range(config.depth):
+        window = config.block_window(index)
+        side = window or config.grid
+        queries = (-(-config.grid // side) * side) ** 2
+        total += tokens * width * (4 * width + 2 * int(width * config.mlp_ratio))
+        total += queries * width * (2 * side**2 + 2 * side)  # scores, values, two relative positions
+    total += tokens * config.out_chans * (width + 9 * config.out_chans)
+    return 2.0 * total
+
+
+def _toy(config: SamConfig) -> SamConfig:
+    """A two-block encoder of the same kind: one block in windows, one global."""
+    toy = dataclasses.replace(MINI, img_size=64, depth=2, window_size=5, global_attn_indexes=(1,))
+    return dataclasses.replace(toy, mlp_ratio=config.mlp_ratio)
+
+
+def _encoder(config: SamConfig) -> Callable[[bool], Work]:
+    def prepare(toy: bool) -> Work:
+        chosen = _toy(config) if toy else config
+        sam = Sam(chosen)
+        model = SamModel(sam, sam.init_params(jax.random.key(0)))
+        images = jax.random.normal(jax.random.key(1), (1, chosen.img_size, chosen.img_size, 3))
+        return Work(lambda: model.encode_image(images), flops=encoder_flops(chosen))
+
+    return prepare
+
+
+def _torch_encoder(config: SamConfig, fused: bool = False) -> Callable[[bool], Work]:
+    def prepare(toy: bool) -> Work:
+        return Work(peers.encoder(_toy(config) if toy else config, fused))
+
+    return prepare
+
+
+# --- Searches and quantizers ------------------------------------------------------------------------------------------
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _hluq_search(drawn: int | None) -> Callable[[bool], Work]:
+    def prepare(toy: bool) -> Work:
+        rows, width, out = (64, 32, 16) if toy else (4096, 3072, 768)
+        x, weight = jax.nn.gelu(_normal(0, rows, width)), _normal(1, width, out) / width**0.5
+        candidates = searches.hybrid_candidates(BITS)
+        state = searches.hybrid_init(candidates)
+        picked = None if drawn is None else draw_rows(rows, min(drawn, rows // 2), jax.random.key(2))
+        return Work(lambda: searches.hybrid_update(state, x, weight, candidates, BITS, picked=picked))
+
+    return prepare
+
+
+def _weight_search(width: int, out: int) -> Callable[[bool], Work]:
+    def prepare(toy: bool) -> Work:
+        weight = _normal(0, *((16, 8) if toy else (width, out)))
+        return Work(lambda: searches.search_weight(weight, BITS))
+
+    return prepare
+
+
+def _softmax_search(toy: bool) -> Work:
+    heads, tokens, width = (2, 32, 8) if toy else (12, 1024, 64)
+    attention = jax.nn.softmax(3 * _normal(0, heads, tokens, tokens))
+    value = _normal(1, heads, tokens, width)
+    state = searches.softmax_init()
+    return Work(lambda: searches.softmax_update(state, attention, value, 2**BITS - 1))
+
+
+def _hluq_forward(toy: bool) -> Work:
+    x = jax.nn.gelu(_normal(0, *((64, 32) if toy else (4096, 3072))))
+    minimum, maximum = jnp.min(x), jnp.max(x)
+    quantizer = Hybrid.from_range(minimum, maximum - minimum, 0.3, 0.25, BITS)
+    forward = jax.jit(Hybrid.fake_quant)
+    return Work(lambda: forward(quantizer, x))
+
+
+def _cag_ladder(toy: bool) -> Work:
+    # SAM-B has two grouped inputs of its width in each of its 12 encoder blocks.
+    layers, channels = (2, 64) if toy else (24, 768)
+    scale = jnp.exp(0.5 * _normal(0, layers, channels)) * 0.1
+    zero_point = jnp.round(jnp.clip(7.5 + 2 * _normal(1, layers, channels), 0, 15))
+    return Work(lambda: grouping.ladder(scale, zero_point, 4), parts=layers)
+
+
+def _matmul(toy: bool) -> Work:
+    side = 64 if toy else CEILING_SIDE
+    a, b = _normal(0, side, side), _normal(1, side, side)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b))
+    return Work(lambda: product(a, b), flops=2.0 * side**3)
+
+
+def _mlp_step(learn: bool) -> Callable[[bool], Work]:
+    def prepare(toy: bool) -> Work:
+        sizes = (16, 32, 4) if toy else (768, 3072, 64)
+        return Work(learning.mlp_step(*sizes) if learn else learning.float_mlp_step(*sizes))
+
+    return prepare
+
+
+def _block_pair(toy: bool) -> Work:
+    return Work(learning.block_pair_step(_toy(VIT_B) if toy else VIT_B, images=2 if toy else 32))
+
+
+ROWS = (
+    Row("matmul", "float32 product, 2048x2048 by 2048x2048", _matmul),
+    Row("encoder_b", "SAM-B image encoder, 1x1024x1024", _encoder(VIT_B), _torch_encoder(VIT_B)),
+    Row(
+        "encoder_b_fused",
+        "the same, against the public encoder rewritten on PyTorch's fused attention",
+        _encoder(VIT_B),
+        _torch_encoder(VIT_B, fused=True),
+    ),
+    Row("encoder_l", "SAM-L image encoder, 1x1024x1024", _encoder(VIT_L), _torch_encoder(VIT_L)),
+    Row("encoder_h", "SAM-H image encoder, 1x1024x1024", _encoder(VIT_H), _torch_encoder(VIT_H)),
+    Row(
+        "hluq_search",
+        "HLUQ search, one batch, 4096x3072 -> 768, 9 candidates, 2048 rows drawn as in calibration",
+        _hluq_search(QuantConfig.hluq_rows),
+    ),
+    Row("hluq_search_all", "the same, of all rows (--hluq_rows=0)", _hluq_search(None)),
+    Row("weight_search_3072", "weight range search, 4 bits, 768 -> 3072", _weight_search(768, 3072)),
+    Row("weight_search_768", "weight range search, 4 bits, 768 -> 768", _weight_search(768, 768)),
+    Row("softmax_search", "softmax search, 12x1024x1024 attention, values 64 wide", _softmax_search),
+    Row("hluq_forward", "HLUQ fake-quant forward, 4096x3072", _hluq_forward),
+    Row("mlp_step", "reconstruction step, MLP 768-3072-768, 4096 tokens", _mlp_step(learn=True)),
+    Row("mlp_float_step", "gradient step of the same MLP in floating point", _mlp_step(learn=False)),
+    Row("block_pair", "a step of each part of a windowed and a global block, SAM-B, 32 images", _block_pair),
+    Row("cag_ladder", "CAG ladder 32-16-8-4, 768 channels, per layer of 24 at once", _cag_ladder),
+)
+
+
+# --- The process of a row ---------------------------------------------------------------------------------------------
+
+
+class CompileClock:
+    """Seconds during which JAX traced, lowered or compiled; spans within spans count once."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[float, float]] = []
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def _note(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        del kwargs
+        if event.startswith("/jax/core/compile/"):
+            now = time.perf_counter()
+            self.spans.append((now - duration_secs, now))
+
+    def seconds(self) -> float:
+        total, reached = 0.0, -float("inf")
+        for start, end in sorted(self.spans):
+            total += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        return total
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held (resident set)."""
+    try:
+        # Not getrusage where it can be helped: on Linux a child inherits the number of the process that started it.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def timed(run: Callable[[], Any]) -> dict[str, float]:
+    """Wall seconds of one run, and processor seconds of all its threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    jax.block_until_ready(run())
+    return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+
+
+def serve(name: str, torch: bool, toy: bool, requests: TextIO, answers: TextIO) -> None:
+    """Prepares a row, runs it once, and then once for every line of `requests`.
+
+    Answers in JSON lines: `compile_seconds` of the first run; `seconds cpu_seconds` of each other, with
+    `ceiling_gflops` measured right after it if the row counts its products; at the end `peak_bytes parts flops`.
+    """
+
+    def answer(values: dict[str, Any]) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    row = next(row for row in ROWS if row.name == name)
+    # What compiling costs is part of the table.
+    jax.config.update("jax_enable_compilation_cache", False)
+    prepare = row.prepare_torch if torch else row.prepare
+    assert prepare is not None
+    work = prepare(toy)
+    clock = CompileClock()
+    timed(work.run)
+    answer({"compile_seconds": clock.seconds()})
+    ceiling = _matmul(toy) if work.flops else None
+    if ceiling:
+        timed(ceiling.run)
+    for _ in requests:
+        values = timed(work.run)
+        if ceiling and ceiling.flops:
+            seconds = statistics.median(timed(ceiling.run)["seconds"] for _ in range(5))
+            values["ceiling_gflops"] = ceiling.flops / seconds / 1e9
+        answer(values)
+    answer({"peak_bytes": peak_bytes(), "parts": work.parts, "flops": work.flops})
+
+
+if __name__ == "__main__":
+    if "torch" not in sys.argv[2:]:
+        # As the command line does.
+        keep_pages()
+    serve(sys.argv[1], "torch" in sys.argv[2:], "toy" in sys.argv[2:], sys.stdin, sys.stdout)

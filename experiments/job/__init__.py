@@ -1,0 +1,1 @@
+"""What commands share: flags, how a command ends, devices, records of runs."""

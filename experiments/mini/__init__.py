@@ -1,0 +1,1 @@
+"""The training of MINI, the small SAM that ships."""

@@ -1,0 +1,1 @@
+"""Generated scenes on which MINI is trained, calibrated and evaluated."""

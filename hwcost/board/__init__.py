@@ -1,0 +1,1 @@
+"""FPGA boards and designs: constants with sources, cycles, energy, and the area of elements."""

@@ -1,0 +1,1 @@
+"""Counts of operations and bytes of every layer of a model."""

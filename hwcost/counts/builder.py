@@ -1,0 +1,335 @@
+"""Turns shapes and sites into layers: the arithmetic behind each kind of operation, and what it reads and writes."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.recipe import site_kind
+from hwcost.counts.codes import AssumedCodes, Histogram, Shares, hybrid_shares, log2_shares
+from hwcost.counts.costs import FLOAT, Gemm, Layer, Operand, Ops, Tensor
+
+# Operations per number of our own forward, as XLA counts them.
+NORM_OPS = 8  # two means, deviation, its square, subtraction, scale, its factor, bias
+SOFTMAX_OPS = 4  # maximum, subtraction, sum, division; besides the exponential
+GELU_OPS = 4  # 0.5 * x * erfc(-x * sqrt(0.5)); besides the error function
+
+
+class Builder:
+    """Collects the layers of one model in forward order.
+
+    Attributes:
+        layers: what was added so far.
+        histogram_sites: sites met whose codes decide between shift, multiply and skip.
+        part: "encoder" or "decoder", of the layers to come.
+    """
+
+    def __init__(
+        self,
+        quant: QuantConfig | None,
+        measured: Mapping[str, Histogram],
+        assumed: AssumedCodes,
+        float_bits: int,
+    ) -> None:
+        self.quant, self.measured, self.assumed, self.float_bits = quant, measured, assumed, float_bits
+        self.layers: list[Layer] = []
+        self.histogram_sites: set[str] = set()
+        self.part = "encoder"
+        self.float = Operand(float_bits, FLOAT)
+
+    # Formats
+
+    def site(self, path: str) -> Operand:
+        """Format of the activations behind a site."""
+        kind = None if self.quant is None else site_kind(path, self.quant)
+        return self.float if kind is None or self.quant is None else Operand(self.quant.a_bits, kind)
+
+    def weight(self, input_operand: Operand) -> Operand:
+        """Weights are quantized exactly where their layer's input is."""
+        if input_operand.is_float or self.quant is None:
+            return self.float
+        return Operand(self.quant.w_bits, "weight")
+
+    def groups(self, operand: Operand, channels: int) -> int:
+        """Scales along the channels of an activation."""
+        if operand.kind != "grouped" or self.quant is None:
+            return 1
+        return min(self.quant.groups or channels, channels)
+
+    def site_qparam_bits(self, operand: Operand, channels: int) -> int:
+        """Scales in the float width, zero points and level counts in the code width, group labels in log2(G) bits."""
+        if operand.is_float:
+            return 0
+        groups, scale, code = self.groups(operand, channels), self.float_bits, operand.bits
+        return {
+            "uniform": scale + code,
+            "grouped": groups * (scale + code) + channels * math.ceil(math.log2(groups)),
+            "hybrid": 3 * scale + code,  # minimum, both scales; number of log levels
+            "log2": scale + 2,  # tau is one of three
+        }[operand.kind]
+
+    def shares(self, path: str, operand: Operand) -> tuple[Shares, int, int]:
+        """What the element does with the codes of a site; accumulators that it needs; hybrid's log levels."""
+        if operand.kind not in ("hybrid", "log2"):
+            return Shares(multiply=1.0), 1, 0
+        self.histogram_sites.add(path)
+        histogram = self.measured.get(path)
+        if histogram is not None and len(histogram.counts) != 2**operand.bits:
+            raise ValueError(
+                f"The histogram of {path} has {len(histogram.counts)} codes, not 2^{operand.bits}; measure the codes "
+                "at the bits that are counted."
+            )
+        if operand.kind == "hybrid":
+            if histogram is None:
+                return self.assumed.hybrid, 2, self.assumed.log_levels(operand.bits)
+            return hybrid_shares(histogram), 2, histogram.log_levels or 0
+        if histogram is None:
+            return self.assumed.log2, self.assumed.tau, 0
+        return log2_shares(histogram), histogram.tau or 1, 0
+
+    # Layers
+
+    def add(self, path: str, kernel: str, kind: str, **fields: Any) -> None:
+        self.layers.append(Layer(path=path, part=self.part, kernel=kernel, kind=kind, **fields))
+
+    def plain(
+        self,
+        path: str,
+        kernel: str,
+        kind: str,
+        elements: int,
+        per_element: int,
+        *,
+        transcendentals: int = 0,
+        parameters: int = 0,
+        reads: tuple[int, ...] = (),
+        writes: tuple[int, ...] = (),
+        written: Operand | None = None,
+    ) -> None:
+        """An operation on single numbers; `reads` and `writes` count those that cross the DRAM interface.
+
+        `written` is the format of what is written, floating point by default.
+        """
+        bits, out_bits = self.float_bits, (written or self.float).bits
+        self.add(
+            path,
+            kernel,
+            kind,
+            ops=Ops(elementwise=elements * per_element, transcendentals=transcendentals),
+            inputs=tuple(Tensor(n, bits) for n in reads) if reads else (Tensor(elements, bits, on_chip=True),),
+            outputs=tuple(Tensor(n, out_bits) for n in writes)
+            if writes
+            else (Tensor(elements, out_bits, on_chip=True),),
+            weights=(Tensor(parameters, bits),) if parameters else (),
+        )
+
+    def product(
+        self,
+        path: str,
+        kernel: str,
+        kind: str,
+        gemm: Gemm,
+        a: Operand,
+        b: Operand,
+        *,
+        a_site: str = "",
+        source: Tensor | None = None,
+        out: Operand | None = None,
+        out_on_chip: bool = False,
+        dynamic_b: bool = False,
+        b_on_chip: bool = False,
+        bias: int = 0,
+        parameters: int | None = None,
+        encodes: int = 0,
+        qparam_bits: int = 0,
+        elementwise: int = 0,
+    ) -> None:
+        """A matrix product.
+
+        Args:
+            gemm: its shape.
+            a: format of the left operand, `a_site` its site if it has one.
+            b: format of the right operand.
+            source: the left operand as it arrives, where that is not its (m, k) in its own format.
+            out: format of what is written, floating point by default.
+            dynamic_b: the right operand is an activation, not a parameter.
+            bias: numbers added to each row.
+            parameters: numbers read for the right operand, where that is not (k, n).
+            encodes, qparam_bits, elementwise: what comes on top of the product.
+        """
+        out = out or self.float
+        outputs = gemm.m * gemm.n * gemm.repeat
+        left, right = gemm.m * gemm.k * gemm.repeat, gemm.k * gemm.n * gemm.repeat
+        accumulators, log_levels = 1, 0
+        elementwise += outputs * bool(bias)
+        if a.is_float or b.is_float:
+            ops = Ops(macs=gemm.macs, float_macs=gemm.macs, encodes=encodes, elementwise=elementwise)
+        else:
+            shares, accumulators, log_levels = self.shares(a_site, a)
+            accumulators = max(accumulators, self.groups(a, gemm.k))
+            shifts, skipped = round(gemm.macs * shares.shift), round(gemm.macs * shares.zero)
+            int_macs = gemm.macs - shifts - skipped
+            # Both operands are asymmetric: sum (a-za)(b-zb) needs the sums of each; a weight's is known beforehand.
+            corrections = left + (right if dynamic_b else 0) + 2 * outputs * accumulators
+            ops = Ops(
+                macs=gemm.macs,
+                int_macs=int_macs,
+                shifts=shifts,
+                skipped=skipped,
+                dual_adds=int_macs if a.kind == "hybrid" else 0,
+                corrections=corrections,
+                rescales=outputs * accumulators,
+                encodes=encodes,
+                elementwise=elementwise,
+            )
+            qparam_bits += self.site_qparam_bits(a, gemm.k) if a_site else 0
+        inputs = [source or Tensor(left, a.bits)]
+        weights: list[Tensor] = []
+        if dynamic_b:
+            inputs.append(Tensor(right, b.bits, b_on_chip))
+        else:
+            weights.append(Tensor(gemm.k * gemm.n if parameters is None else parameters, b.bits))
+            if bias:
+                weights.append(Tensor(bias, self.float_bits))
+            if not b.is_float:
+                qparam_bits += gemm.n * (self.float_bits + b.bits)  # a scale and a zero point per output channel
+        self.add(
+            path,
+            kernel,
+            kind,
+            gemm=gemm,
+            a=a,
+            b=b,
+            accumulators=accumulators,
+            log_levels=log_levels,
+            ops=ops,
+            inputs=tuple(inputs),
+            outputs=(Tensor(outputs, out.bits, out_on_chip),),
+            weights=tuple(weights),
+            qparam_bits=qparam_bits,
+            dynamic_b=dynamic_b,
+        )
+
+    def linear(
+        self,
+        path: str,
+        kernel: str,
+        rows: int,
+        channels: int,
+        features: int,
+        *,
+        codes_arrive: bool = False,
+        a_on_chip: bool = False,
+        out_site: str = "",
+        out_on_chip: bool = False,
+        bias: bool = True,
+        kind: str = "linear",
+    ) -> None:
+        """A linear layer behind the site `<path>/input`, where its input is encoded.
+
+        Args:
+            codes_arrive: the producer encoded the input already, so that codes are read and not floats.
+            a_on_chip: the input comes from the layer before and crosses no DRAM interface.
+            out_site: the site behind the layer, whose codes are what is written.
+        """
+        site = f"{path}/input"
+        a, out = self.site(site), self.site(out_site) if out_site else self.float
+        # An input that arrives as codes was encoded by its producer; counting it here, once, is the same.
+        encodes = 0 if a.is_float else rows * channels
+        if not out.is_float:
+            encodes += rows * features
+        bits = a.bits if codes_arrive else self.float_bits
+        self.product(
+            path,
+            kernel,
+            kind,
+            Gemm(rows, channels, features),
+            a,
+            self.weight(a),
+            a_site=site,
+            source=Tensor(rows * channels, bits, a_on_chip),
+            out=out,
+            out_on_chip=out_on_chip,
+            bias=features if bias else 0,
+            encodes=encodes,
+        )
+
+    def norm(self, path: str, kernel: str, rows: int, channels: int, **kwargs: Any) -> None:
+        """LayerNorm of `rows` vectors; keyword arguments as in `plain`."""
+        elements = rows * channels
+        self.plain(path, kernel, "norm", elements, NORM_OPS, transcendentals=rows, parameters=2 * channels, **kwargs)
+
+    def activation(self, mlp: str, kernel: str, elements: int, kind: str) -> None:
+        """GELU or ReLU between the two linears; what it writes has the format of the second's input."""
+        gelu = kind == "gelu"
+        self.plain(
+            f"{mlp}/{kind}",
+            kernel,
+            "activation",
+            elements,
+            GELU_OPS if gelu else 1,
+            transcendentals=elements * gelu,
+            writes=(elements,),
+            written=self.site(f"{mlp}/lin2/input"),
+        )
+
+    def attention(
+        self, attn: str, *, heads: int, queries: int, keys: int, dim: int, positions: int = 0, out_site: str
+    ) -> None:
+        """Scores, softmax and weighted sum; the attention map stays on the chip, rows at a time.
+
+        Args:
+            attn: path of the attention.
+            heads: independent maps (heads, windows, prompts).
+            queries: rows of each.
+            keys: columns of each.
+            dim: width of a head.
+            positions: side of the token grid for relative positions, 0 without.
+            out_site: site of the projection that follows.
+        """
+        kernel = f"{attn}/core"
+        q, k, v, a = (self.site(f"{attn}/{name}") for name in ("q", "k", "v", "softmax"))
+        scores = heads * queries * keys
+        for axis in "hw" if positions else "":
+            # Row i of the grid meets its own table: `positions` products of (positions, dim) x (dim, positions).
+            self.product(
+                f"{attn}/rel_pos_{axis}",
+                kernel,
+                "relative_position",
+                Gemm(positions, dim, positions, repeat=heads * positions),
+                q,
+                self.float,
+                source=Tensor(heads * queries * dim, q.bits, on_chip=True),
+                out_on_chip=True,
+                parameters=(2 * positions - 1) * dim,
+            )
+        self.product(
+            f"{attn}/qk",
+            kernel,
+            "attention",
+            Gemm(queries, dim, keys, repeat=heads),
+            q,
+            k,
+            dynamic_b=True,
+            out_on_chip=True,
+            elementwise=heads * queries * dim,  # the factor 1/sqrt(dim)
+            qparam_bits=self.site_qparam_bits(q, dim) + self.site_qparam_bits(k, dim),
+        )
+        per_score = SOFTMAX_OPS + (2 if positions else 0)  # two biases are added to each score
+        self.plain(
+            f"{attn}/softmax", kernel, "softmax", scores, per_score, transcendentals=scores, written=a
+        )  # fmt: skip
+        self.product(
+            f"{attn}/av",
+            kernel,
+            "attention",
+            Gemm(queries, keys, dim, repeat=heads),
+            a,
+            v,
+            a_site=f"{attn}/softmax",
+            source=Tensor(scores, a.bits, on_chip=True),
+            out=self.site(out_site),
+            dynamic_b=True,
+            encodes=0 if a.is_float else scores,
+            qparam_bits=self.site_qparam_bits(v, dim),
+        )

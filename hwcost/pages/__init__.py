@@ -1,0 +1,1 @@
+"""Text tables, charts and the HTML page of a study."""

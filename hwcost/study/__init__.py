@@ -1,0 +1,1 @@
+"""One run of the command: options, comparisons, intervals, and the papers' claims."""

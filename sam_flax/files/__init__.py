@@ -1,0 +1,1 @@
+"""Files of parameters: anybody's checkpoints, our own, and the names in them."""

@@ -1,0 +1,133 @@
+"""Files of named tensors: torch's and safetensors, told apart by content.
+
+Nothing here needs PyTorch, and nothing in a file is ever executed (`sam_flax.torch_pickle`).
+"""
+
+import json
+import os
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sam_flax.files.torch_archive import LEGACY_MAGIC, is_torch_zip, read_torch_file, widen_bfloat16
+
+PathLike = str | os.PathLike[str]
+MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format
+_SAFETENSORS_DTYPES = frozenset(("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL"))
+
+
+def read_state_dict(path: PathLike) -> dict[str, np.ndarray]:
+    """Reads the tensors of a `torch.save` file or a safetensors file, told apart by content.
+
+    Neither imports PyTorch nor executes anything from the file.
+
+    Args:
+        path: official `.pth`, or `.safetensors`.
+
+    Returns:
+        name -> array as the file has it (bfloat16 is widened to float32); arrays may be read-only.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is of another kind, damaged, or holds anything but tensors.
+    """
+    path = Path(path)
+    if file_kind(path) == "torch":
+        return read_torch_file(path)
+    return read_safetensors(path)[0]
+
+
+def file_kind(path: Path) -> Literal["torch", "safetensors"]:
+    """Which of the two formats a file has, by its first bytes."""
+    remedy = "give an official SAM .pth or a .safetensors file"
+    if path.is_dir():
+        raise ValueError(f"Checkpoint {path} is a directory, not a file; {remedy}.")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"Checkpoint {path} does not exist; check the path, or use 'mini' for the model that ships."
+        )
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+        size = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"Checkpoint {path} cannot be read ({error.strerror}); check its permissions.") from None
+    if not head:
+        raise ValueError(f"Checkpoint {path} is empty; download or copy it again.")
+    if is_torch_zip(head):
+        return "torch"
+    if head.startswith(LEGACY_MAGIC) or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
+        raise ValueError(
+            f"Checkpoint {path} is a bare pickle (torch.save before PyTorch 1.6, or not PyTorch at all), "
+            "which is not read here; re-save it once with torch.save(torch.load(path, weights_only=True), "
+            "new_path)."
+        )
+    if len(head) > 9 and head[8:9] == b"{":
+        header = struct.unpack("<Q", head[:8])[0]
+        if header > MAX_HEADER_BYTES or 8 + header > size:
+            raise ValueError(
+                f"Checkpoint {path} declares a safetensors header of {header} bytes in a file of {size} "
+                "bytes; it is truncated or damaged, download or copy it again."
+            )
+        return "safetensors"
+    raise ValueError(f"Checkpoint {path} is neither a torch.save file nor a safetensors file; {remedy}.")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
+    with path.open("rb") as file:
+        raw = file.read(struct.unpack("<Q", file.read(8))[0])
+    try:
+        # The package keeps the last of two equal keys; this pass is only for refusing them.
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+        with safe_open(path, framework="np") as file:
+            tensors: dict[str, np.ndarray] = {}
+            for name in file.keys():
+                dtype = file.get_slice(name).get_dtype()
+                if dtype == "BF16":  # not a NumPy type; the package has checked the offsets by now
+                    start, end = header[name]["data_offsets"]
+                    bits = np.fromfile(path, "<u2", (end - start) // 2, offset=8 + len(raw) + start)
+                    tensors[name] = widen_bfloat16(bits).reshape(header[name]["shape"])
+                elif dtype in _SAFETENSORS_DTYPES:
+                    tensors[name] = file.get_tensor(name)
+                else:
+                    raise ValueError(f"tensor {name[:80]!r} is of type {dtype}, which is not read")
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0][:160].rstrip(".")
+        raise ValueError(
+            f"Checkpoint {path} is not a sound safetensors file ({reason}); download it again or re-save it."
+        ) from None
+    return tensors, metadata
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` for `json.loads`: a key given twice is a ValueError."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:80]!r} appears twice")
+    return result
+
+
+def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Writes the parts one after the other as one file, whole or not at all; an existing one is replaced.
+
+    Raises:
+        OSError: if the file cannot be written; what stood there is then still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

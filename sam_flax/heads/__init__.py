@@ -1,0 +1,1 @@
+"""The prompt encoder and the mask decoder, which all segmenters share."""

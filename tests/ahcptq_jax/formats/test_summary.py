@@ -1,0 +1,50 @@
+"""The summary: every layer once, and every byte of the file."""
+
+import numpy as np
+import pytest
+
+from ahcptq_jax.formats.summary import _by_number
+from ahcptq_jax.quantizers import Grouped, Hybrid, Log2
+
+
+@pytest.mark.parametrize("remainder", ["fp16", "fp32"])
+def test_the_total_is_the_files_size(tiny_quantized, remainder, tmp_path):
+    tiny_quantized.save(tmp_path / "f", remainder)
+    assert tiny_quantized.summary(remainder).nbytes == (tmp_path / "f").stat().st_size
+
+
+def test_rows_say_what_the_model_holds(tiny_quantized):
+    rows = {row.name: row for row in tiny_quantized.summary().rows}
+    for path, weight in tiny_quantized.weights.items():
+        row = rows[path]
+        assert row.w_bits == weight.bits and row.shape == weight.shape and row.nbytes > weight.packed.nbytes
+    for site, quantizer in tiny_quantized.activations.items():
+        row = rows[site.removesuffix("/input")]
+        assert row.a_bits == quantizer.bits
+        assert row.groups == (len(quantizer.scale) if isinstance(quantizer, Grouped) else 0)
+        if isinstance(quantizer, Hybrid):
+            for part in ("log_levels", "scale_log", "scale_uniform"):
+                assert f"{float(getattr(quantizer, part)):.3g}" in row.detail
+        if isinstance(quantizer, Log2):
+            assert row.detail == f"tau {int(quantizer.tau)}"
+    floats = [row for row in rows.values() if row.name.endswith("(float)")]
+    left = sum(
+        np.size(a) for name in ("iou_token", "mask_tokens") for a in [tiny_quantized.params["mask_decoder"][name]]
+    )
+    assert all(row.w_bits == 16 and row.a_bits is None for row in floats)
+    assert sum(row.nbytes for row in floats if "token" in row.name) == 2 * left
+
+
+def test_the_table_has_a_line_for_each_row_and_the_total(tiny_quantized):
+    summary = tiny_quantized.summary()
+    lines = str(summary).splitlines()
+    assert len(lines) == len(summary.rows) + 4
+    assert lines[-1].startswith("total") and lines[-1].endswith(f"{summary.nbytes:,}")
+    assert f"{summary.nbytes / summary.float32_nbytes:.3f} of float32" in lines[-1]
+    weights = sum(np.prod(w.shape) for w in tiny_quantized.weights.values())
+    assert summary.float32_nbytes == tiny_quantized.nbytes()["fp32"] > 4 * weights
+
+
+def test_blocks_are_in_the_order_of_their_numbers():
+    names = ["blocks_9/attn", "blocks_10/attn", "blocks_2/mlp", "blocks_2/attn/q", "blocks_2/attn"]
+    assert sorted(names, key=_by_number) == [*names[:1:-1], *names[:2]]

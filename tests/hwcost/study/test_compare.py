@@ -1,0 +1,134 @@
+"""Comparisons, sensitivities and the claim ledger."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ahcptq_jax import W4A4, QuantConfig
+from hwcost.board.accelerator import PRESETS
+from hwcost.board.constants import CONSTANTS
+from hwcost.counts.codes import Histogram
+from hwcost.study.compare import (
+    BASELINES,
+    METHOD,
+    Comparison,
+    Interval,
+    Variant,
+    code_sensitivities,
+    compare,
+    sensitivities,
+    variants,
+)
+from hwcost.study.ledger import CLAIMS, GRID, Entry, ledger
+from sam_flax.config import MINI, VIT_L
+
+ZCU102 = PRESETS["zcu102"]
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, Variant]:
+    return variants(VIT_L, W4A4)
+
+
+@pytest.fixture(scope="module")
+def comparison(table: dict[str, Variant]) -> Comparison:
+    return compare(table, ZCU102)
+
+
+def test_fewer_bits_run_faster_and_the_method_pays_for_its_codes(comparison: Comparison) -> None:
+    seconds = {name: e.seconds[0] for name, e in comparison.estimates.items()}
+    assert seconds["uniform"] < seconds["int8"] < seconds["fp16"] < seconds["fp32"]
+    assert seconds["uniform"] < seconds[METHOD] < seconds["fp16"]
+    assert comparison.speedup("uniform").value < 1, "HLUQ's and AGQ's elements are larger"
+    assert comparison.speedup("fp32").value > 3
+
+
+def test_with_equal_elements_width_alone_gains_no_time(comparison: Comparison) -> None:
+    assert comparison.speedup("fp32", iso_array=True).value < 0.5 * comparison.speedup("fp32").value
+    elements = {float(e.elements[0]) for e in comparison.same_array.values()}
+    assert len(elements) == 1
+
+
+def test_groups_in_the_column_cost_more_than_sorted_channels(comparison: Comparison) -> None:
+    seconds = {name: e.seconds[0] for name, e in comparison.estimates.items()}
+    columns = [seconds[f"column_{g}"] for g in (2, 4, 8, 16)]
+    assert columns == sorted(columns) and columns[0] > seconds["groups_2"]
+    assert seconds["groups_4"] == pytest.approx(seconds["no_cag"], rel=0.02)
+
+
+def test_intervals_hold_the_draws(comparison: Comparison) -> None:
+    for base in BASELINES:
+        for interval in (comparison.speedup(base), comparison.energy_ratio(base)):
+            assert 0 < interval.low < interval.high
+    assert Interval.of(np.array([5.0, *range(101)])) == Interval(5.0, 5.0, 95.0)
+    assert compare({n: comparison.variants[n] for n in (*BASELINES, METHOD)}, ZCU102).speedup("fp32") == (
+        comparison.speedup("fp32")
+    ), "the draws are seeded"
+
+
+def test_slow_kernels_are_those_the_recipe_leaves_alone(comparison: Comparison) -> None:
+    names = [name for name, gain in comparison.slow_kernels() if gain < 1.5]
+    assert any("patch_embed" in name for name in names)
+    assert not any(name.endswith(("qkv", "mlp/lin1", "mlp/lin2")) and "encoder" in name for name in names)
+
+
+def test_without_codes_their_variants_are_absent() -> None:
+    plain = variants(MINI, QuantConfig(hluq=False, cag=False, agq=False))
+    assert set(plain) == {*BASELINES, METHOD, "passes"}
+    assert plain[METHOD].design.element == "mac"
+
+
+def test_histograms_go_only_where_their_codes_exist() -> None:
+    site = "image_encoder/blocks_0/mlp/lin2/input"
+    codes = {site: Histogram(counts=(1,) * 16, log_levels=4)}
+    table = variants(MINI, W4A4, codes)
+    assert table[METHOD].counts.measured_sites == 1
+    assert table["no_hluq"].counts.measured_sites == table["int8"].counts.measured_sites == 0
+
+
+def test_sensitivities_cover_every_constant_and_come_sorted(table: dict[str, Variant]) -> None:
+    rows = sensitivities(table, ZCU102)
+    assert {row.name for row in rows} == set(CONSTANTS)
+    assert [row.weight for row in rows] == sorted((row.weight for row in rows), reverse=True)
+    by_name = {row.name: row for row in rows}
+    assert by_name["static_watts_per_klut"].speedup_doubled == by_name["static_watts_per_klut"].speedup.value
+    assert by_name["yosys_lut_factor"].speedup_doubled < by_name["yosys_lut_factor"].speedup.value
+    assert by_name["fp32_add_lut"].speedup_doubled > by_name["fp32_add_lut"].speedup.value
+
+
+def test_more_zero_codes_cost_less_energy() -> None:
+    rows = {row.name: row for row in code_sensitivities(variants(MINI, W4A4), ZCU102)}
+    zero = rows["share of HLUQ codes that are zero"]
+    assert zero.energy_halved < zero.energy_ratio.value < zero.energy_doubled
+    plain = variants(MINI, QuantConfig(hluq=False, cag=False, agq=False))
+    assert not code_sensitivities(plain, ZCU102)
+
+
+@pytest.fixture(scope="module")
+def entries(table: dict[str, Variant], comparison: Comparison) -> list[Entry]:
+    """The papers' claims, one that nothing reaches, and the comparison's own figures as a claim."""
+    speed, energy = comparison.speedup("fp32").value, comparison.energy_ratio("fp32").value
+    own = [
+        dataclasses.replace(CLAIMS[0], speedup=s, energy_ratio=e) for s, e in ((1e6, 1e6), (speed, energy))
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hwcost.study.study.ledger.CLAIMS", (*CLAIMS, *own))
+        return ledger(table, ZCU102)
+
+
+def test_the_ledger_says_what_reaches_the_claims(entries: list[Entry]) -> None:
+    assert [entry.claim for entry in entries[:2]] == list(CLAIMS)
+    for entry in entries:
+        assert entry.combinations == np.prod([len(options) for options in GRID.values()])
+        for a in entry.reached:
+            assert a.speedup >= entry.claim.speedup and a.energy_ratio >= entry.claim.energy_ratio
+            assert all(a.choice[key] == value for key, value in entry.shared().items())
+        assert str(entry.claim.speedup) in entry.verdict
+    assert entries[2].verdict.startswith("None of the ") and not entries[2].reached
+
+
+def test_the_grid_holds_the_comparison_itself(entries: list[Entry]) -> None:
+    own = entries[3]
+    assert own.nearest.distance(own.claim) < 1e-9
+    assert own.nearest.choice["counted"] == "everything" and own.nearest.choice["baseline"] == "fp32"
