@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ahcptq_jax.config import GROUP_METRICS
 from ahcptq_jax.quantizers import Grouped
 from ahcptq_jax.quantizers.base import qparams_from_range
 
-METRICS = ("paper", "normalized", "range")
+METRICS = GROUP_METRICS
 _SEED = 0
 # (rank by removal cost, rank by inertia) of the centre to take away and of the cluster to split, tried in turn.
 _SWAPS = np.array([(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (2, 1), (1, 2)], np.int32)

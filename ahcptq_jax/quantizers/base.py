@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MIN_BITS = 2
-MAX_BITS = 8
+from ahcptq_jax.config import MAX_BITS, MIN_BITS
+
 MIN_SCALE = 1e-8
 
 _MANTISSA_MASK = 0x007FFFFF

@@ -18,12 +18,13 @@ import optax
 
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
 from ahcptq_jax.calibration import grouping
-from ahcptq_jax.config import check_types
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform, fake_quant_lsq
 from ahcptq_jax.quantizers.base import MIN_SCALE
 from ahcptq_jax.reconstruction import adaround
 from ahcptq_jax.reconstruction.units import GRANULARITIES, PARTS, Operation
 from ahcptq_jax.runtime.quantized import QuantizedWeight
+from ahcptq_jax.settings import at_least, between, check_settings, finite_from, setting
+from sam_flax.errors import InputError
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params
 
@@ -56,57 +57,59 @@ class ReconstructionConfig:
     200 iterations: 1e-2 and 1e-2.
 
     Raises:
-        ValueError: if a number is out of its range, or the switches contradict each other.
+        InputError: if a number is out of its range, or the switches contradict each other.
     """
 
-    iterations: int = PAPER_ITERATIONS  # per unit
-    batch: int = 1  # images per iteration
-    learn_rounding: bool = True  # AdaRound; else weights stay rounded to nearest
-    learn_scales: bool = True  # LSQ
-    rounding_rate: float | None = None  # Adam, constant; None: see above
-    scale_rate: float | None = None  # Adam, cosine decay to 0 over all iterations; None: see above
-    relative_steps: bool = True  # steps of scales in proportion to the scale; the official ones are absolute
-    # QDrop: share of a unit's input that is taken from the floating-point model, and of every activation inside that
-    # passes unquantized, drawn elementwise.
-    input_drop: float = 0.5
-    activation_drop: float = 0.5
-    granularity: str = "part"  # what is learned together in the encoder: a part of a block, or "block"
-    loss_power: float = 2.0  # of the errors of a unit's output; 2 is the paper's
-    rounding_weight: float = 0.01  # of the regularizer, once warm
-    warmup: float = 0.2  # share of iterations without regularizer
-    beta_start: float = 20.0  # the regularizer's exponent, decaying linearly after the warm-up
-    beta_end: float = 2.0
-    parts: tuple[str, ...] = PARTS  # what is reconstructed; the rest keeps its calibration
-    seed: int = 0  # of batches and drops
+    iterations: int = setting(PAPER_ITERATIONS, "Iterations for each unit.", check=at_least(0))
+    batch: int = setting(1, "Images per iteration.", check=at_least(1))
+    learn_rounding: bool = setting(True, "AdaRound; else weights stay rounded to nearest.")
+    learn_scales: bool = setting(True, "Learn the scales of activations (LSQ).")
+    rounding_rate: float | None = setting(
+        None, "Learning rate of the rounding, constant; default: by the iterations.", type=float, check=finite_from(0)
+    )
+    scale_rate: float | None = setting(
+        None,
+        "Learning rate of activation scales, with cosine decay to 0; default: by the iterations.",
+        type=float,
+        check=finite_from(0),
+    )
+    relative_steps: bool = setting(True, "Steps of scales in proportion to the scale; the official ones are absolute.")
+    input_drop: float = setting(
+        0.5, "QDrop: share of a unit's input that is taken from the floating-point model.", check=between(0, 1)
+    )
+    activation_drop: float = setting(
+        0.5, "QDrop: share of every activation inside a unit that passes unquantized.", check=between(0, 1)
+    )
+    granularity: str = setting(
+        "part", "What is learned together in the encoder: parts of blocks, or blocks whole.", choices=GRANULARITIES
+    )
+    loss_power: float = setting(2.0, "Power of the errors of a unit's output; the paper's is 2.", check=finite_from(1))
+    rounding_weight: float = setting(0.01, "Weight of the regularizer, once warm.", check=finite_from(0))
+    warmup: float = setting(0.2, "Share of the iterations without regularizer.", check=between(0, 1))
+    beta_start: float = setting(20.0, "The regularizer's exponent after the warm-up, from where it falls linearly.")
+    beta_end: float = setting(2.0, "The regularizer's exponent at the end.")
+    parts: tuple[str, ...] = setting(PARTS, "What is reconstructed; the rest keeps its calibration.", sweep=False)
+    seed: int = setting(0, "Seed of batches and drops.", check=at_least(0), sweep=False)
     # What follows has no influence on the result.
-    chunk: int = 50  # iterations per call of the compiled function
-    memory_budget: int = 4 * 2**30  # bytes of cached inputs and outputs held in memory; more go to disk
-    save_seconds: float = 300.0  # between saves inside a unit
+    chunk: int = setting(50, "Iterations per call of the compiled function.", check=at_least(1), sweep=False)
+    memory_budget: int = setting(
+        4 * 2**30,
+        "Bytes of cached inputs and outputs held in memory; more go to disk.",
+        check=at_least(0),
+        sweep=False,
+    )
+    save_seconds: float = setting(300.0, "Seconds between saves inside a unit.", check=finite_from(0), sweep=False)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name, least in (("iterations", 0), ("batch", 1), ("chunk", 1), ("memory_budget", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}.")
-        for name in ("rounding_rate", "scale_rate", "rounding_weight", "save_seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} must be a finite number and not negative.")
-        for name in ("input_drop", "activation_drop", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in 0..1.")
+        check_settings(self)
         if not 1 <= self.beta_end <= self.beta_start:
-            raise ValueError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must fall, to 1 at least.")
-        if not 1 <= self.loss_power < math.inf:
-            raise ValueError(f"loss_power={self.loss_power} must be a finite number of at least 1.")
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity={self.granularity!r} is unknown; choose one of {', '.join(GRANULARITIES)}.")
+            raise InputError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must fall, to 1 at least.")
         if unknown := sorted(set(self.parts) - set(PARTS)):
-            raise ValueError(f"parts has {unknown[0]!r}; choose of {', '.join(PARTS)}.")
+            raise InputError(f"parts has {unknown[0]!r}; choose of {', '.join(PARTS)}.")
         halves, chosen = {"encoder_attention", "encoder_mlp"}, set(self.parts)
         asked, made = (halves, {"encoder_block"}) if self.granularity == "block" else ({"encoder_block"}, halves)
         if asked & chosen and not made & chosen:
-            raise ValueError(
+            raise InputError(
                 f"parts={self.parts} and granularity={self.granularity!r} leave the encoder's blocks as they are; name "
                 f"{' or '.join(sorted(made))} among the parts."
             )

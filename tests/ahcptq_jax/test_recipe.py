@@ -172,7 +172,7 @@ def test_other_paths_stay_in_floating_point(path):
         ({"w_bits": True}, "w_bits=True must be a whole number"),
         ({"hluq": "no"}, "hluq='no' must be True or False"),
         ({"groups": -1}, "groups=-1 must be 0"),
-        ({"group_metric": "cosine"}, "group_metric='cosine' must be 'paper', 'normalized' or 'range'"),
+        ({"group_metric": "cosine"}, "group_metric='cosine' is unknown; choose one of paper, normalized, range"),
         ({"softmax_rows": -1}, "softmax_rows=-1"),
         ({"hluq_rows": -1}, "hluq_rows=-1"),
         ({"prompts_per_image": 0}, "prompts_per_image=0 must be at least 1"),
