@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from PIL import Image
 
 import ahcptq_jax
 from ahcptq_jax.config import QuantConfig
@@ -25,6 +24,7 @@ from hwcost.study import options as options_module
 from hwcost.study import study
 from hwcost.study.options import Options, define_flags, options_from_flags, with_foreign_flags
 from sam_flax.config import CONFIGS, SamConfig
+from sam_flax.files.images import read_image
 
 IMAGES = 8
 SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -52,7 +52,7 @@ def _photographs(folder: str) -> list[np.ndarray]:
     paths = sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES)[:IMAGES] if root.is_dir() else []
     if not paths:
         raise ValueError(f"--images={folder} has no .jpg or .png file; give a folder of photographs.")
-    return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    return [read_image(path) for path in paths]
 
 
 def write(path: Path, text: str) -> None:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image
 from pycocotools.coco import COCO
 
 from experiments.coco.boxes import Corners, without_area
 from experiments.coco.documents import file_name, parse_instances
-from experiments.coco.images import decode_array, decode_file
 from experiments.coco.masks import run_lengths
 from experiments.coco.values import read_json
+from sam_flax.errors import InputError
+from sam_flax.files.images import image_to_rgb, read_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +125,7 @@ class CocoDataset:
         return digest.hexdigest()[:32]
 
     def read_image(self, item: ImageItem) -> np.ndarray:
-        """Reads one image.
-
-        An EXIF rotation is applied when the rotated size is the annotated one.
+        """Reads one image, as `sam_flax.files.images` has it, at its annotated size.
 
         Returns:
           uint8 RGB array (item.height, item.width, 3).
@@ -135,15 +134,10 @@ class CocoDataset:
           FileNotFoundError: if the file is gone.
           ValueError: if it cannot be decoded, or its size is not the annotated one.
         """
-        image = decode_file(item.path) if item.path is not None else decode_array(item.array, item.name)
-        expected = (item.height, item.width)
-        for candidate in (ImageOps.exif_transpose(image), image):
-            if (candidate.height, candidate.width) == expected:
-                return np.array(candidate.convert("RGB"))
-        raise ValueError(
-            f"{item.path or item.name} is {image.width}x{image.height} pixels but {self.source} says "
-            f"{item.width}x{item.height}: use the images that the annotations were made for."
-        )
+        size = (item.height, item.width)
+        if item.path is not None:
+            return read_image(item.path, size, self.source)
+        return image_to_rgb(_from_array(item.array, item.name), f"The array of {item.name}", size, self.source)
 
     def ground_truth_rle(self, annotation_id: int) -> dict[str, Any]:
         """The annotated mask as a pycocotools run-length encoding at the image's size.
@@ -235,6 +229,15 @@ def stream_images(
             yield ready, image.result()
     finally:
         reader.shutdown(wait=False, cancel_futures=True)
+
+
+def _from_array(array: np.ndarray | None, name: str) -> Image.Image:
+    """An array in memory, uint8 (H, W, 3) or (H, W), as an image."""
+    array = None if array is None else np.asarray(array)
+    if array is None or array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+        found = "none" if array is None else f"{array.dtype} {array.shape}"
+        raise InputError(f"The array of {name} is {found}: give uint8 of shape (height, width, 3).")
+    return Image.fromarray(array)
 
 
 def quiet_coco(dataset: dict[str, Any]) -> COCO:
