@@ -12,10 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ahcptq_jax.architectures.sites import flatten, unflatten
-from ahcptq_jax.calibration import passes, saved_state, searches
+from ahcptq_jax.calibration import passes, saved_state
 from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.config import W4A4, QuantConfig
-from ahcptq_jax.quantizers import Uniform
+from ahcptq_jax.quantizers import Uniform, searches
 from ahcptq_jax.recipe import weight_path
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from sam_flax import preprocessing

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax.calibration import grouping, searches
-from ahcptq_jax.calibration import percentile as percentiles
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform
+from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform, searches
+from ahcptq_jax.quantizers.searches import grouping
+from ahcptq_jax.quantizers.searches import percentile as percentiles
 from ahcptq_jax.recipe import Kind
 from sam_flax.encoders.vit import attention_probabilities
 from sam_flax.sam import Params

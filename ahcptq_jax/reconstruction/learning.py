@@ -17,9 +17,9 @@ import numpy as np
 import optax
 
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
-from ahcptq_jax.calibration import grouping
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform, fake_quant_lsq
 from ahcptq_jax.quantizers.base import MIN_SCALE
+from ahcptq_jax.quantizers.searches import grouping
 from ahcptq_jax.reconstruction import adaround
 from ahcptq_jax.reconstruction.units import GRANULARITIES, PARTS, Operation
 from ahcptq_jax.runtime.quantized import QuantizedWeight

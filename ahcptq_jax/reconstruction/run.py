@@ -22,10 +22,10 @@ from ahcptq_jax.api import check_model, prepare_images, quantize_prepared
 from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.calibration import saved_state
 from ahcptq_jax.calibration.cache import StatisticsCache
-from ahcptq_jax.calibration.grouping import ladder_stages
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.formats import artefact
 from ahcptq_jax.quantizers import Grouped, Quantizer
+from ahcptq_jax.quantizers.searches.grouping import ladder_stages
 from ahcptq_jax.reconstruction import learning
 from ahcptq_jax.reconstruction.learning import ReconstructionConfig
 from ahcptq_jax.reconstruction.units import (

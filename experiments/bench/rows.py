@@ -16,10 +16,10 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
-from ahcptq_jax.calibration import grouping, searches
 from ahcptq_jax.calibration.statistics import draw_rows
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.quantizers import Hybrid
+from ahcptq_jax.quantizers import Hybrid, searches
+from ahcptq_jax.quantizers.searches import grouping
 from experiments.bench import learning, peers
 from experiments.job.allocator import keep_pages
 from sam_flax import Sam, SamModel

@@ -5,9 +5,9 @@ from typing import Any, get_args
 
 from absl import flags
 
-from ahcptq_jax.calibration.grouping import METRICS
 from ahcptq_jax.config import ACT_RANGES, METHODS, QuantConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
+from ahcptq_jax.quantizers.searches.grouping import METRICS
 from ahcptq_jax.reconstruction.learning import ReconstructionConfig
 from ahcptq_jax.reconstruction.units import GRANULARITIES
 from sam_flax.sam import Precision

@@ -11,8 +11,9 @@ import pytest
 
 from ahcptq_jax import METHODS, W4A4, QuantConfig, quantize
 from ahcptq_jax.architectures.sites import flatten, intercept_sites
-from ahcptq_jax.calibration import grouping, passes, searches, statistics
-from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
+from ahcptq_jax.calibration import passes, statistics
+from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform, searches
+from ahcptq_jax.quantizers.searches import grouping
 from ahcptq_jax.recipe import site_kind
 from ahcptq_jax.runtime import quantized as quantized_module
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight

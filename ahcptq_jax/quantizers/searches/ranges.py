@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ahcptq_jax.calibration.searches.batches import no_batches, nonempty
-from ahcptq_jax.calibration.searches.loss import loss_power, loss_sums, pad_rows
 from ahcptq_jax.quantizers import Uniform
 from ahcptq_jax.quantizers.base import check_bits
+from ahcptq_jax.quantizers.searches.batches import no_batches, nonempty
+from ahcptq_jax.quantizers.searches.loss import loss_power, loss_sums, pad_rows
 
 # Ranges tried, evenly spaced up to that of the values.
 RANGE_STEPS = 100

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ahcptq_jax.calibration.searches.loss import loss_sums, pad_rows
-from ahcptq_jax.calibration.searches.ranges import RANGE_STEPS
 from ahcptq_jax.quantizers import Uniform
 from ahcptq_jax.quantizers.base import check_bits, qparams_from_range
+from ahcptq_jax.quantizers.searches.loss import loss_sums, pad_rows
+from ahcptq_jax.quantizers.searches.ranges import RANGE_STEPS
 
 # Minimum, maximum and loss of the best range so far, per channel.
 _Best = tuple[jax.Array, jax.Array, jax.Array]

@@ -6,8 +6,13 @@ import pytest
 
 from ahcptq_jax import METHODS, QuantConfig
 from ahcptq_jax.calibration import statistics
-from ahcptq_jax.calibration.percentile import PERCENTILES, percentile_finalize, percentile_init, percentile_update
 from ahcptq_jax.quantizers import Uniform
+from ahcptq_jax.quantizers.searches.percentile import (
+    PERCENTILES,
+    percentile_finalize,
+    percentile_init,
+    percentile_update,
+)
 
 SHAPE = (4, 100, 128)  # more than 2 of the last percentile's tail
 

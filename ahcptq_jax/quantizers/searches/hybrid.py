@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax.calibration.searches.batches import no_batches, nonempty
-from ahcptq_jax.calibration.searches.ranges import RangeState, range_init, range_update
 from ahcptq_jax.quantizers import Hybrid
 from ahcptq_jax.quantizers.base import check_bits
+from ahcptq_jax.quantizers.searches.batches import no_batches, nonempty
+from ahcptq_jax.quantizers.searches.ranges import RangeState, range_init, range_update
 
 # The paper's candidates.
 RANGE_RATES = (0.1, 0.3, 0.5)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax.calibration.searches.batches import COARSE_ELEMENTS, no_batches
-from ahcptq_jax.calibration.searches.loss import loss_power
 from ahcptq_jax.quantizers import Log2, log2_fake_quant
 from ahcptq_jax.quantizers.base import check_bits
 from ahcptq_jax.quantizers.log2 import TAUS
+from ahcptq_jax.quantizers.searches.batches import COARSE_ELEMENTS, no_batches
+from ahcptq_jax.quantizers.searches.loss import loss_power
 
 # The coarse search takes no fewer of a large attention's rows than one in so many.
 MOST_THINNED = 12

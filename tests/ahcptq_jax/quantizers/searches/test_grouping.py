@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ahcptq_jax.calibration import grouping
-from ahcptq_jax.calibration.searches import search_range
 from ahcptq_jax.quantizers import Uniform
+from ahcptq_jax.quantizers.searches import grouping, search_range
 
 DATA = Path(__file__).parents[2] / "data"
 

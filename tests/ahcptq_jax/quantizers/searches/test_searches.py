@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ahcptq_jax.calibration import searches
-from ahcptq_jax.calibration.searches.batches import COARSE_ELEMENTS
-from ahcptq_jax.calibration.searches.loss import loss_power
-from ahcptq_jax.quantizers import Hybrid, Uniform
+from ahcptq_jax.quantizers import Hybrid, Uniform, searches
+from ahcptq_jax.quantizers.searches.batches import COARSE_ELEMENTS
+from ahcptq_jax.quantizers.searches.loss import loss_power
 
 
 def power_loss(quantizer, x) -> float:
