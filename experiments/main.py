@@ -132,8 +132,8 @@ def run(
     # Every input is looked at before the first long stage.
     check_writable(out, "--out")
     with _timed(seconds, "load"):
-        sam, params = load_sam(options.checkpoint)
-        params = make_harder(params, sam.config, options.harder)
+        sam, loaded = load_sam(options.checkpoint)
+        params = make_harder(loaded, sam.config, options.harder)
         dataset = evaluation_set(options, sam.config)
         boxes = coco.load_boxes(options.boxes, dataset)
         saved = ahcptq_jax.load(options.artefact, sam.config) if options.artefact else None

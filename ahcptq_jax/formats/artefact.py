@@ -46,8 +46,9 @@ from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from sam_flax.config import SamConfig
 from sam_flax.files.checkpoint import parse_config
 from sam_flax.files.parameters import parameter_shapes
-from sam_flax.files.tensor_files import MAX_HEADER_BYTES, unique_keys, write_whole
+from sam_flax.files.tensor_files import MAX_HEADER_BYTES, unique_keys
 from sam_flax.files.trees import shown
+from sam_flax.files.writing import write_whole
 from sam_flax.sam import Sam
 
 FORMAT = "ahcptq_jax"
@@ -168,16 +169,14 @@ def save(quantized: Quantized, path: str | os.PathLike[str], remainder: Remainde
 
     Raises:
         ValueError: if the model is not sound, or `path` is no place for a file.
+        OSError: if the file cannot be written.
     """
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"The model cannot be saved as {path}; give a file name in an existing directory.")
     tensors = tensors_of(quantized, remainder)
     header = header_bytes(quantized, tensors)
-    try:
-        write_whole(path, (header, *(tensor.data for tensor in tensors.values())))
-    except OSError as error:
-        raise ValueError(f"The model cannot be saved as {path} ({error.strerror}); choose a writable folder.") from None
+    write_whole(path, (header, *(tensor.data for tensor in tensors.values())))
 
 
 # ------------------------------------------------------------------------------------------------------- reading

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import export as jax_export
 
 from ahcptq_jax.runtime.quantized import Quantized
-from sam_flax.files.tensor_files import write_whole
+from sam_flax.files.writing import write_whole
 
 
 def export_encoder(quantized: Quantized, platforms: Sequence[str] = ("cpu",)) -> bytes:

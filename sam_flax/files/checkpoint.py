@@ -4,7 +4,6 @@ Ours is one safetensors file whose metadata carries the whole configuration.
 """
 
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +11,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save as _serialize
 
 from sam_flax.config import SamConfig
 from sam_flax.files.convert import convert_freeing
-from sam_flax.files.tensor_files import PathLike, file_kind, read_safetensors, write_whole
+from sam_flax.files.tensor_files import PathLike, file_kind, read_safetensors, write_safetensors
 from sam_flax.files.torch_archive import read_torch_file
-from sam_flax.files.trees import as_float, check_tree, flatten, nest
+from sam_flax.files.trees import ParamTree, as_float, by_path, check_tree, nested
 from sam_flax.sam import Params, Sam
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "mini.safetensors"
@@ -26,7 +24,7 @@ FORMAT = "sam_flax"
 VERSION = "1"
 
 
-def load_sam(path: PathLike, *, decoder_num_heads: int | None = None) -> tuple[Sam, Params]:
+def load_sam(path: PathLike, *, decoder_num_heads: int | None = None) -> tuple[Sam, ParamTree]:
     """Loads a Segment Anything model.
 
     Args:
@@ -35,7 +33,7 @@ def load_sam(path: PathLike, *, decoder_num_heads: int | None = None) -> tuple[S
         decoder_num_heads: heads of the mask decoder, for weights that are not ours and not a published SAM's.
 
     Returns:
-        The Linen module, with its configuration, and its parameters as JAX arrays.
+        The Linen module, with its configuration, and its parameters as JAX arrays, which carry the configuration too.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -64,7 +62,7 @@ def load_sam(path: PathLike, *, decoder_num_heads: int | None = None) -> tuple[S
             raise ValueError(f"{source} is a quantized model; load it with ahcptq_jax.load.")
         else:
             config, params = convert_freeing(tensors, decoder_num_heads, source)
-    return Sam(config), jax.tree.map(jnp.asarray, params)
+    return Sam(config), ParamTree(jax.tree.map(jnp.asarray, params), config)
 
 
 def load_params(path: PathLike) -> tuple[SamConfig, Params]:
@@ -113,19 +111,12 @@ def save_params(
         raise ValueError(f"save_params cannot write {path}; give a file name in an existing directory.")
     if dtype not in ("float32", "float16"):
         raise ValueError(f"save_params got dtype={dtype!r}; use 'float32' or 'float16'.")
-    flat = flatten(params)
+    flat = by_path(params)
     source = f"Parameter tree for {path}"
     check_tree(config, flat, source)
     tensors = {k: np.ascontiguousarray(as_float(k, v, source, dtype)) for k, v in sorted(flat.items())}
-    metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config.to_dict(), sort_keys=True)}
-    data = _serialize(tensors, metadata)
-    # The package writes metadata in random order; sorted, equal models are equal files.
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    write_whole(path, (struct.pack("<Q", len(text)), text, memoryview(data)[8 + length :]))
+    metadata = {"config": json.dumps(config.to_dict(), sort_keys=True), "format": FORMAT, "version": VERSION}
+    write_safetensors(path, tensors, metadata)
 
 
 def _from_own(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[SamConfig, Params]:
@@ -142,7 +133,7 @@ def _from_own(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str,
     if max(counts) > len(tensors):
         raise ValueError(f"{source} has a configuration of more layers than its {len(tensors)} tensors; save it again.")
     check_tree(config, tensors, source)
-    return config, nest({k: as_float(k, v, source) for k, v in tensors.items()})
+    return config, nested({k: as_float(k, v, source) for k, v in tensors.items()})
 
 
 def parse_config(text: str, source: str) -> SamConfig:

@@ -8,7 +8,7 @@ import numpy as np
 from sam_flax.config import SamConfig
 from sam_flax.files.infer import match
 from sam_flax.files.parameters import PERMUTATIONS, Dims, parameter_table
-from sam_flax.files.trees import as_float, check_tree_names, flatten, nest
+from sam_flax.files.trees import as_float, by_path, check_tree_names, nested
 from sam_flax.sam import Params
 
 
@@ -48,7 +48,7 @@ def convert_freeing(state_dict: dict[str, Any], decoder_num_heads: int | None, s
         if entry.kind in PERMUTATIONS:
             value = value.transpose(PERMUTATIONS[entry.kind])
         flat[entry.path] = np.array(value, order="C")
-    return config, nest(flat)
+    return config, nested(flat)
 
 
 def export_state_dict(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -63,7 +63,7 @@ def export_state_dict(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Raises:
         ValueError: if the tree lacks parameters or has others.
     """
-    flat = flatten(params)
+    flat = by_path(params)
     result: dict[str, np.ndarray] = {}
     for entry in check_tree_names(flat, "Parameter tree"):
         value = np.asarray(flat[entry.path], np.float32)

@@ -16,7 +16,7 @@ import numpy as np
 
 from sam_flax.config import SamConfig
 from sam_flax.files.parameters import HF_POSITIONS, PERMUTATIONS, Dims, Shape, parameter_table
-from sam_flax.files.trees import as_float, check_names, check_shapes, check_tree, check_tree_names, flatten, shown
+from sam_flax.files.trees import as_float, by_path, check_names, check_shapes, check_tree, check_tree_names, shown
 
 
 def infer_config(tree: Mapping[str, Any], *, decoder_num_heads: int | None = None) -> SamConfig:
@@ -34,7 +34,7 @@ def infer_config(tree: Mapping[str, Any], *, decoder_num_heads: int | None = Non
     """
     if not any(isinstance(value, Mapping) for value in tree.values()):
         return match(tree, decoder_num_heads, "State dict")[0]
-    flat = flatten(tree)
+    flat = by_path(tree)
     check_tree_names(flat, "Parameter tree")
     config = _infer({k: np.shape(v) for k, v in flat.items()}, decoder_num_heads, "Parameter tree", {})
     check_tree(config, flat, "Parameter tree")

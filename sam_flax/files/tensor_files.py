@@ -4,10 +4,9 @@ Nothing here needs PyTorch, and nothing in a file is ever executed (`sam_flax.to
 """
 
 import json
-import os
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +14,23 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sam_flax.files.torch_archive import LEGACY_MAGIC, is_torch_zip, read_torch_file, widen_bfloat16
+from sam_flax.files.writing import PathLike, write_whole
 
-PathLike = str | os.PathLike[str]
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format
-_SAFETENSORS_DTYPES = frozenset(("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL"))
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
 
 
 def read_state_dict(path: PathLike) -> dict[str, np.ndarray]:
@@ -115,19 +127,44 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Writes the parts one after the other as one file, whole or not at all; an existing one is replaced.
+def write_safetensors(path: PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes named tensors as one safetensors file, whole or not at all; the same arguments give the same bytes.
+
+    Args:
+        path: the file to write; an existing one is replaced.
+        tensors: name -> array, of little-endian types that the format has; written in `safetensors_order`.
+        metadata: text by text, written in the order given.
 
     Raises:
-        OSError: if the file cannot be written; what stood there is then still there.
+        OSError: if the file cannot be written; one sentence with path and remedy.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    ordered = {name: np.ascontiguousarray(tensors[name]) for name in safetensors_order(tensors)}
+    header = safetensors_header(ordered, metadata)
+    # A view of bytes: of an array without elements there is no other, and `memoryview` knows no float16 by its size.
+    write_whole(path, (header, *(tensor.reshape(-1).view(np.uint8).data for tensor in ordered.values())))
+
+
+def safetensors_order(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Names with those of wide types first, so that every tensor starts at a multiple of its item size."""
+    return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+
+
+def safetensors_header(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the tensors' bytes in a safetensors file: the length of the header, and the header.
+
+    The `safetensors` package writes metadata in random order; here equal models are equal files.
+
+    Args:
+        tensors: name -> array, in the order of the file.
+        metadata: text by text, in the order of the file; it stands before the tensors.
+    """
+    names = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,9 +1,11 @@
 """Parameter trees by path, and the sentences with which a tree that does not fit its model is refused."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from flax import traverse_util
 
 from sam_flax.config import SamConfig
 from sam_flax.files.parameters import Dims, Entry, parameter_table
@@ -12,29 +14,51 @@ from sam_flax.sam import Params
 _MAX_LISTED = 8
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+@jax.tree_util.register_pytree_with_keys_class
+class ParamTree(dict[str, Any]):
+    """The parameters of a SAM as a nested dict that also says which SAM's they are.
+
+    `jax.tree.map`, `jax.jit`, gradients and optimisers keep the configuration, since it is the static part of a pytree
+    node; so two such trees fit together only if their configurations are equal. What is made from it as from any dict
+    (`{**params}`, `params | other`, flattening by path) is a plain dict without it.
+
+    Attributes:
+        config: the configuration, with what shapes do not show: decoder heads, pixel statistics, mask threshold.
+    """
+
+    def __init__(self, values: Mapping[str, Any], config: SamConfig) -> None:
+        super().__init__(values)
+        self.config = config
+
+    def tree_flatten_with_keys(
+        self,
+    ) -> tuple[list[tuple[jax.tree_util.DictKey, Any]], tuple[tuple[str, ...], SamConfig]]:
+        """Children in the order of a dict's: sorted by name."""
+        names = tuple(sorted(self))
+        return [(jax.tree_util.DictKey(name), self[name]) for name in names], (names, self.config)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[tuple[str, ...], SamConfig], children: Iterable[Any]) -> "ParamTree":
+        names, config = static
+        return cls(dict(zip(names, children, strict=True)), config)
+
+    def __repr__(self) -> str:
+        return f"ParamTree({super().__repr__()}, config={self.config})"
+
+
+def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings -> {path, joined by '/': leaf}."""
-
-    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                yield from walk(value, f"{prefix}{key}/")
-            else:
-                yield f"{prefix}{key}", value
-
-    return dict(walk(tree, ""))
+    return traverse_util.flatten_dict(_plain(tree), sep="/")
 
 
-def nest(flat: Mapping[str, Any]) -> Params:
-    """Inverse of `flatten`."""
-    tree: Params = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+def nested(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `by_path`."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings of any kind, with any keys, as the dicts with names that flax flattens."""
+    return {str(key): _plain(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 
 
 def check_tree_names(flat: Mapping[str, Any], source: str) -> list[Entry]:

@@ -15,7 +15,7 @@ from sam_flax.config import SamConfig
 from sam_flax.files import checkpoint
 from sam_flax.files.checkpoint import load_params, load_sam, save_params
 from sam_flax.files.convert import convert, export_state_dict
-from sam_flax.files.trees import flatten
+from sam_flax.files.trees import by_path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -25,7 +25,7 @@ def test_save_and_load(tiny_tree, tmp_path, dtype):
     save_params(path, config, params, dtype)
     again, read = load_params(path)
     assert again == config
-    flat, read = flatten(params), flatten(read)
+    flat, read = by_path(params), by_path(read)
     assert flat.keys() == read.keys()
     for name, value in flat.items():
         assert read[name].dtype == np.float32
@@ -69,7 +69,7 @@ def test_saving_what_does_not_fit(tiny_state, tiny_tree, tmp_path, refused):
 def own_file(path: Path, tiny_tree, **metadata: str) -> Path:
     config, params = tiny_tree
     values = {"format": "sam_flax", "version": "1", "config": json.dumps(config.to_dict())} | metadata
-    path.write_bytes(to_safetensors(flatten(params), values))
+    path.write_bytes(to_safetensors(by_path(params), values))
     return path
 
 
