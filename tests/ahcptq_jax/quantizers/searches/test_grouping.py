@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ahcptq_jax.quantizers import Uniform
 from ahcptq_jax.quantizers.searches import grouping, search_range
 
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parents[3] / "data"
 
 
 def inertia(scale: np.ndarray, zero_point: np.ndarray, labels: np.ndarray) -> float:
