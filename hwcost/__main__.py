@@ -24,6 +24,7 @@ from hwcost.study import options as options_module
 from hwcost.study import study
 from hwcost.study.options import Options, define_flags, options_from_flags, with_foreign_flags
 from sam_flax.config import CONFIGS, SamConfig
+from sam_flax.errors import InputError
 from sam_flax.files.images import read_image
 
 IMAGES = 8
@@ -34,7 +35,7 @@ def inputs(options: Options) -> tuple[str, SamConfig, QuantConfig, Mapping[str, 
     """(name of the model, the model, its quantization, measured histograms).
 
     Raises:
-        ValueError, FileNotFoundError: if a file is unusable.
+        InputError, OSError: if a file is unusable.
     """
     if options.artefact:
         quantized = ahcptq_jax.load(options.artefact)
@@ -51,7 +52,7 @@ def _photographs(folder: str) -> list[np.ndarray]:
     root = Path(folder)
     paths = sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES)[:IMAGES] if root.is_dir() else []
     if not paths:
-        raise ValueError(f"--images={folder} has no .jpg or .png file; give a folder of photographs.")
+        raise InputError(f"--images={folder} has no .jpg or .png file; give a folder of photographs.")
     return [read_image(path) for path in paths]
 
 
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
         }
         for path, content in files.items():
             write(path, content)
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     print(tables.text(result))

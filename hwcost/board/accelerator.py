@@ -9,6 +9,7 @@ from hwcost.board.constants import Values, yosys_cells
 from hwcost.board.cycles import Dataflow
 from hwcost.board.synthesis import agq_octaves, hluq_max_shift
 from hwcost.counts.costs import Layer
+from sam_flax.errors import InputError
 
 KBIT = 1024
 BRAM36, URAM = 36 * KBIT, 288 * KBIT
@@ -45,9 +46,9 @@ class Accelerator:
     def __post_init__(self) -> None:
         for name in ("luts", "dsps", "buffer_bits", "dram_gbps", "side"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} of {self.name} must be positive.")
+                raise InputError(f"{name}={getattr(self, name)} of {self.name} must be positive.")
         if self.dataflow not in ("os", "ws", "is") or self.dram not in ("ddr4", "hbm2"):
-            raise ValueError(f"dataflow={self.dataflow!r} must be os, ws or is, and dram={self.dram!r} ddr4 or hbm2.")
+            raise InputError(f"dataflow={self.dataflow!r} must be os, ws or is, and dram={self.dram!r} ddr4 or hbm2.")
 
 
 _FINN = "Xilinx/finn util/platforms.py, after UG1120: what the shell leaves"
@@ -158,10 +159,10 @@ def passes(layer: Layer, design: Design) -> int:
     A plain element multiplies by codes of `bits`; a sum of powers of two wider than that takes several passes. The
     HLUQ element shifts by at most `hluq_max_shift`; AGQ's residues mod tau are summed apart, one after the other.
     """
-    if layer.a is None or design.element in ("float", "ideal") or layer.a.kind not in ("hybrid", "log2"):
+    if layer.a is None or design.element in ("float", "ideal") or layer.a.arithmetic in ("float", "multiply"):
         return 1
     bits = layer.a.bits
-    if layer.a.kind == "hybrid":
+    if layer.a.arithmetic == "shift_or_multiply":
         return 1 if design.element == "dual_path" else 1 + -(-min(layer.log_levels, hluq_max_shift(bits) + 1) // bits)
     octaves = agq_octaves(bits, layer.accumulators)
     reach = hluq_max_shift(bits) + 1 if design.element == "dual_path" else bits

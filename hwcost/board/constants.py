@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sam_flax.errors import InputError
+
 Status = Literal["source", "measured", "secondary", "assumption", "unverified"]
 
 
@@ -198,14 +200,14 @@ def with_values(pairs: Mapping[str, float]) -> dict[str, Constant]:
     """The constants with some of them fixed to given values.
 
     Raises:
-        ValueError: if a name is unknown or a value impossible.
+        InputError: if a name is unknown or a value impossible.
     """
     constants = dict(CONSTANTS)
     for name, value in pairs.items():
         if name not in CONSTANTS:
-            raise ValueError(f"There is no constant {name!r}; known are {', '.join(CONSTANTS)}.")
+            raise InputError(f"There is no constant {name!r}; known are {', '.join(CONSTANTS)}.")
         if not 0 < value <= CONSTANTS[name].most:
-            raise ValueError(f"{name}={value} must lie above 0 and be at most {CONSTANTS[name].most}.")
+            raise InputError(f"{name}={value} must lie above 0 and be at most {CONSTANTS[name].most}.")
         fixed = {"value": value, "low": value, "high": value, "source": "given by the user", "status": "assumption"}
         constants[name] = dataclasses.replace(CONSTANTS[name], **fixed)  # type: ignore[arg-type]
     return constants

@@ -52,6 +52,6 @@ def buffer_bits(layer: Layer, design: Design, rows: Any, columns: Any, dataflow:
 
 def column_split(layer: Layer, design: Design) -> int:
     """Parts into which CAG cuts K: its groups, unless the column tells them apart while it runs."""
-    if layer.a is None or layer.a.kind != "grouped" or design.column_groups > 1:
+    if layer.a is None or not layer.a.has_groups or design.column_groups > 1:
         return 1
     return layer.accumulators

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.recipe import site_kind
-from hwcost.counts.codes import AssumedCodes, Histogram, Shares, hybrid_shares, log2_shares
-from hwcost.counts.costs import FLOAT, Gemm, Layer, Operand, Ops, Tensor
+from hwcost.counts.arithmetic import Work, work_of
+from hwcost.counts.codes import AssumedCodes, Histogram
+from hwcost.counts.costs import Gemm, Layer, Operand, Ops, Tensor
+from hwcost.counts.formats import site_format, weight_format
 
 # Operations per number of our own forward, as XLA counts them.
 NORM_OPS = 8  # two means, deviation, its square, subtraction, scale, its factor, bias
@@ -35,57 +36,38 @@ class Builder:
         self.layers: list[Layer] = []
         self.histogram_sites: set[str] = set()
         self.part = "encoder"
-        self.float = Operand(float_bits, FLOAT)
+        self.float = Operand(float_bits)
 
     # Formats
 
     def site(self, path: str) -> Operand:
         """Format of the activations behind a site."""
-        kind = None if self.quant is None else site_kind(path, self.quant)
-        return self.float if kind is None or self.quant is None else Operand(self.quant.a_bits, kind)
+        return site_format(path, self.quant, self.float_bits)
 
     def weight(self, input_operand: Operand) -> Operand:
-        """Weights are quantized exactly where their layer's input is."""
-        if input_operand.is_float or self.quant is None:
-            return self.float
-        return Operand(self.quant.w_bits, "weight")
+        """Format of a layer's weights: they are quantized exactly where its input is."""
+        return weight_format(input_operand, self.quant, self.float_bits)
 
     def groups(self, operand: Operand, channels: int) -> int:
-        """Scales along the channels of an activation."""
-        if operand.kind != "grouped" or self.quant is None:
+        """Number of scales along the channels of an activation."""
+        if not operand.has_groups or self.quant is None:
             return 1
         return min(self.quant.groups or channels, channels)
 
     def site_qparam_bits(self, operand: Operand, channels: int) -> int:
-        """Scales in the float width, zero points and level counts in the code width, group labels in log2(G) bits."""
-        if operand.is_float:
+        """Bits of a site's quantizer: scales in the float width, whole numbers in the code width, group labels."""
+        if operand.cost is None:
             return 0
-        groups, scale, code = self.groups(operand, channels), self.float_bits, operand.bits
-        return {
-            "uniform": scale + code,
-            "grouped": groups * (scale + code) + channels * math.ceil(math.log2(groups)),
-            "hybrid": 3 * scale + code,  # minimum, both scales; number of log levels
-            "log2": scale + 2,  # tau is one of three
-        }[operand.kind]
+        groups, cost = self.groups(operand, channels), operand.cost
+        each = cost.scales * self.float_bits + cost.codes * operand.bits + cost.more_bits
+        return groups * each + (channels * math.ceil(math.log2(groups)) if operand.has_groups else 0)
 
-    def shares(self, path: str, operand: Operand) -> tuple[Shares, int, int]:
-        """What the element does with the codes of a site; accumulators that it needs; hybrid's log levels."""
-        if operand.kind not in ("hybrid", "log2"):
-            return Shares(multiply=1.0), 1, 0
+    def work(self, path: str, operand: Operand, channels: int) -> Work:
+        """What the processing element does with the codes of a site, measured where there is a histogram."""
+        if operand.cost is None or not operand.cost.depends_on_codes:
+            return Work(accumulators=self.groups(operand, channels))
         self.histogram_sites.add(path)
-        histogram = self.measured.get(path)
-        if histogram is not None and len(histogram.counts) != 2**operand.bits:
-            raise ValueError(
-                f"The histogram of {path} has {len(histogram.counts)} codes, not 2^{operand.bits}; measure the codes "
-                "at the bits that are counted."
-            )
-        if operand.kind == "hybrid":
-            if histogram is None:
-                return self.assumed.hybrid, 2, self.assumed.log_levels(operand.bits)
-            return hybrid_shares(histogram), 2, histogram.log_levels or 0
-        if histogram is None:
-            return self.assumed.log2, self.assumed.tau, 0
-        return log2_shares(histogram), histogram.tau or 1, 0
+        return work_of(operand, path, self.measured.get(path), self.assumed)
 
     # Layers
 
@@ -160,55 +142,28 @@ class Builder:
         out = out or self.float
         outputs = gemm.m * gemm.n * gemm.repeat
         left, right = gemm.m * gemm.k * gemm.repeat, gemm.k * gemm.n * gemm.repeat
-        accumulators, log_levels = 1, 0
-        elementwise += outputs * bool(bias)
+        work = Work()
+        own = Ops(encodes=encodes, elementwise=elementwise + outputs * bool(bias))
         if a.is_float or b.is_float:
-            ops = Ops(macs=gemm.macs, float_macs=gemm.macs, encodes=encodes, elementwise=elementwise)
+            ops = own + Ops(macs=gemm.macs, float_macs=gemm.macs)
         else:
-            shares, accumulators, log_levels = self.shares(a_site, a)
-            accumulators = max(accumulators, self.groups(a, gemm.k))
-            shifts, skipped = round(gemm.macs * shares.shift), round(gemm.macs * shares.zero)
-            int_macs = gemm.macs - shifts - skipped
+            work = self.work(a_site, a, gemm.k)
             # Both operands are asymmetric: sum (a-za)(b-zb) needs the sums of each; a weight's is known beforehand.
-            corrections = left + (right if dynamic_b else 0) + 2 * outputs * accumulators
-            ops = Ops(
-                macs=gemm.macs,
-                int_macs=int_macs,
-                shifts=shifts,
-                skipped=skipped,
-                dual_adds=int_macs if a.kind == "hybrid" else 0,
-                corrections=corrections,
-                rescales=outputs * accumulators,
-                encodes=encodes,
-                elementwise=elementwise,
-            )
+            ops = own + work.ops(gemm.macs, outputs, sums=left + (right if dynamic_b else 0))
             qparam_bits += self.site_qparam_bits(a, gemm.k) if a_site else 0
-        inputs = [source or Tensor(left, a.bits)]
-        weights: list[Tensor] = []
+        inputs, weights = [source or Tensor(left, a.bits)], ()
         if dynamic_b:
             inputs.append(Tensor(right, b.bits, b_on_chip))
         else:
-            weights.append(Tensor(gemm.k * gemm.n if parameters is None else parameters, b.bits))
-            if bias:
-                weights.append(Tensor(bias, self.float_bits))
-            if not b.is_float:
-                qparam_bits += gemm.n * (self.float_bits + b.bits)  # a scale and a zero point per output channel
+            read = gemm.k * gemm.n if parameters is None else parameters
+            weights = (Tensor(read, b.bits), *((Tensor(bias, self.float_bits),) if bias else ()))
+            # A scale and a zero point for each output channel.
+            qparam_bits += 0 if b.is_float else gemm.n * (self.float_bits + b.bits)
         self.add(
-            path,
-            kernel,
-            kind,
-            gemm=gemm,
-            a=a,
-            b=b,
-            accumulators=accumulators,
-            log_levels=log_levels,
-            ops=ops,
-            inputs=tuple(inputs),
-            outputs=(Tensor(outputs, out.bits, out_on_chip),),
-            weights=tuple(weights),
-            qparam_bits=qparam_bits,
-            dynamic_b=dynamic_b,
-        )
+            path, kernel, kind, gemm=gemm, a=a, b=b, accumulators=work.accumulators, log_levels=work.log_levels,
+            ops=ops, inputs=tuple(inputs), outputs=(Tensor(outputs, out.bits, out_on_chip),), weights=weights,
+            qparam_bits=qparam_bits, dynamic_b=dynamic_b,
+        )  # fmt: skip
 
     def linear(
         self,
@@ -292,17 +247,12 @@ class Builder:
         scores = heads * queries * keys
         for axis in "hw" if positions else "":
             # Row i of the grid meets its own table: `positions` products of (positions, dim) x (dim, positions).
+            table = Gemm(positions, dim, positions, repeat=heads * positions)
             self.product(
-                f"{attn}/rel_pos_{axis}",
-                kernel,
-                "relative_position",
-                Gemm(positions, dim, positions, repeat=heads * positions),
-                q,
-                self.float,
-                source=Tensor(heads * queries * dim, q.bits, on_chip=True),
-                out_on_chip=True,
+                f"{attn}/rel_pos_{axis}", kernel, "relative_position", table, q, self.float,
+                source=Tensor(heads * queries * dim, q.bits, on_chip=True), out_on_chip=True,
                 parameters=(2 * positions - 1) * dim,
-            )
+            )  # fmt: skip
         self.product(
             f"{attn}/qk",
             kernel,

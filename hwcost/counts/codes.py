@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from sam_flax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Histogram:
@@ -39,13 +41,13 @@ class Histogram:
         object.__setattr__(self, "counts", tuple(int(c) for c in self.counts))
         size = len(self.counts)
         if size not in (4, 8, 16, 32, 64, 128, 256):
-            raise ValueError(f"A histogram of {size} codes is none of 2 to 8 bits; give counts of length 2^bits.")
+            raise InputError(f"A histogram of {size} codes is none of 2 to 8 bits; give counts of length 2^bits.")
         if min(self.counts) < 0 or sum(self.counts) == 0:
-            raise ValueError("A histogram's counts must be non-negative with a positive sum; count some activations.")
+            raise InputError("A histogram's counts must be non-negative with a positive sum; count some activations.")
         if self.log_levels is not None and not 1 <= self.log_levels <= size - 2:
-            raise ValueError(f"log_levels={self.log_levels} must lie in 1..{size - 2} for {size} codes.")
+            raise InputError(f"log_levels={self.log_levels} must lie in 1..{size - 2} for {size} codes.")
         if self.tau is not None and self.tau not in (1, 2, 4):
-            raise ValueError(f"tau={self.tau} must be 1, 2 or 4.")
+            raise InputError(f"tau={self.tau} must be 1, 2 or 4.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,10 +74,10 @@ def hybrid_shares(histogram: Histogram) -> Shares:
     """Shares of an HLUQ site: codes below `log_levels` shift, `log_levels` is zero, the rest multiply.
 
     Raises:
-        ValueError: if the histogram has no `log_levels`.
+        InputError: if the histogram has no `log_levels`.
     """
     if histogram.log_levels is None:
-        raise ValueError("A hybrid site's histogram needs log_levels, the number of its logarithmic codes.")
+        raise InputError("A hybrid site's histogram needs log_levels, the number of its logarithmic codes.")
     counts, levels = np.asarray(histogram.counts, float), histogram.log_levels
     shift, zero = counts[:levels].sum() / counts.sum(), counts[levels] / counts.sum()
     return Shares(shift=float(shift), zero=float(zero), multiply=max(0.0, 1.0 - float(shift) - float(zero)))
@@ -115,12 +117,12 @@ def pooled(sites: Mapping[str, Histogram], source: str) -> AssumedCodes:
     """The codes of all sites together; tau and the number of log codes are those that most codes have.
 
     Raises:
-        ValueError: if there are no hybrid or no log2 sites.
+        InputError: if there are no hybrid or no log2 sites.
     """
     hybrid = [h for h in sites.values() if h.log_levels is not None]
     log2 = [h for h in sites.values() if h.tau is not None]
     if not hybrid or not log2:
-        raise ValueError(f"{source} has {len(hybrid)} hybrid and {len(log2)} log2 sites; pooling needs both kinds.")
+        raise InputError(f"{source} has {len(hybrid)} hybrid and {len(log2)} log2 sites; pooling needs both kinds.")
 
     def pool(shares: Sequence[Shares], group: Sequence[Histogram]) -> Shares:
         weights = np.array([sum(h.counts) for h in group], float)
@@ -158,7 +160,7 @@ def histograms(sites: Mapping[str, Any]) -> dict[str, Histogram]:
             result[path] = value
         elif isinstance(value, Mapping):
             if "counts" not in value or set(value) - {"counts", "log_levels", "tau"}:
-                raise ValueError(
+                raise InputError(
                     f"The histogram of {path} has the keys {sorted(value)}; it needs counts and may have log_levels "
                     "and tau."
                 )
@@ -171,13 +173,13 @@ def histograms(sites: Mapping[str, Any]) -> dict[str, Histogram]:
 
 def _as_counts(path: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
-        raise ValueError(f"The histogram of {path} is a {type(value).__name__}; give a list of counts.")
+        raise InputError(f"The histogram of {path} is a {type(value).__name__}; give a list of counts.")
     return tuple(_whole(path, "counts", v) for v in value)
 
 
 def _whole(path: str, name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"The histogram of {path} has {name}={value!r}; give whole numbers.")
+        raise InputError(f"The histogram of {path} has {name}={value!r}; give whole numbers.")
     return int(value)
 
 
@@ -185,15 +187,15 @@ def load_histograms(path: str | os.PathLike[str]) -> dict[str, Histogram]:
     """Reads the JSON form (see the module's head).
 
     Raises:
-        ValueError: if the file is not JSON or holds no histograms.
+        InputError: if the file is not JSON or holds no histograms.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); give a file with code_histograms.") from error
+        raise InputError(f"{path} is not readable JSON ({error}); give a file with code_histograms.") from error
     sites = document.get("code_histograms") if isinstance(document, dict) else None
     if not isinstance(sites, dict) or not sites:
-        raise ValueError(f'{path} has no "code_histograms"; give a results.json of a quantized run.')
+        raise InputError(f'{path} has no "code_histograms"; give a results.json of a quantized run.')
     return histograms(sites)
 
 

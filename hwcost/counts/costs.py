@@ -2,7 +2,7 @@
 
 import dataclasses
 
-FLOAT = "float"
+from ahcptq_jax.quantizers.cost import Cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +69,29 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """Width and number format of one side of a product: a quantizer's kind, "weight", or "float"."""
+    """Width and number format of one side of a product.
+
+    Attributes:
+        bits: width of a number.
+        cost: what the quantizer behind its codes costs; None for floating point.
+    """
 
     bits: int
-    kind: str
+    cost: Cost | None = None
 
     @property
     def is_float(self) -> bool:
-        return self.kind == FLOAT
+        return self.cost is None
+
+    @property
+    def arithmetic(self) -> str:
+        """What its codes make a processing element do (`ahcptq_jax.quantizers.cost.Arithmetic`); "float" without."""
+        return "float" if self.cost is None else self.cost.arithmetic
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether groups of its channels have scales of their own."""
+        return self.cost is not None and self.cost.per_group
 
     @property
     def width(self) -> str:
@@ -97,7 +112,7 @@ class Layer:
         a: left operand (activations); None without a product.
         b: right operand (weights, keys or values).
         accumulators: partial sums per output that are rescaled apart (CAG groups, HLUQ's two, AGQ's tau).
-        log_levels: logarithmic codes of a hybrid left operand; 0 for the other kinds.
+        log_levels: logarithmic codes of the left operand, where only some are; else 0.
         ops: operations.
         inputs: activations read, the right operand of an attention product included.
         outputs: activations written.

@@ -4,14 +4,8 @@ The graph is the one of `sam_flax`, padding of attention windows included; nothi
 kernel: layers of one kernel stream into each other on the chip, and only tensors that are not `on_chip` cross the
 DRAM interface.
 
-Integer arithmetic of a quantized product, per pair of an activation and a weight code:
-
-    uniform, grouped   A += w*a                                       one multiply-accumulate
-    log2 (AGQ)         A[k mod tau] += v << (K - k div tau)           one shift and one add; nothing for zero
-    hybrid (HLUQ)      log code: L += w << (K - k)                    one shift and one add; nothing for zero
-                       uniform code: L += w << K and U += w*u         one multiply-accumulate and a dual-path add
-
-and per output one rescale for each accumulator (CAG has one per group), besides the corrections for zero points.
+What an element does with a pair of codes is in `hwcost.counts.arithmetic`; per output there is one rescale for each
+accumulator (CAG has one per group), besides the corrections for zero points.
 """
 
 import dataclasses
@@ -21,19 +15,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from ahcptq_jax.config import QuantConfig
-from hwcost.counts import graph
 from hwcost.counts.builder import Builder
 from hwcost.counts.codes import AssumedCodes, histograms, mini_codes
 from hwcost.counts.costs import Layer, Ops
+from hwcost.counts.graphs import graph_named
 from sam_flax.config import SamConfig
+from sam_flax.errors import InputError
 
-# What the counts leave out, and why it may matter.
-UNMODELLED: tuple[str, ...] = (
+# What the counts of every model leave out, and why it may matter: before the image and after the masks, and around the
+# layers. A graph says the rest.
+HOST: tuple[str, ...] = (
     "resizing, normalising and padding of the image (host)",
     "resizing the low-resolution masks to the image, thresholding and run-length encoding (host)",
-    "mask prompts: the counted prompts are boxes (mask_downscaling idle, its weights not loaded)",
-    "window partition, head splitting and transposes: address generation, no arithmetic",
-    "reading a window of the residual stream out of order: DRAM pages beyond the stated efficiency",
+)
+AROUND: tuple[str, ...] = (
     "bandwidth and bank conflicts of the on-chip buffers",
     "instruction fetch, scheduling, host-accelerator synchronisation and DRAM refresh",
     "routing, control and clock-tree area beyond the utilisation limit",
@@ -64,7 +59,7 @@ class Counts:
     measured_sites: int
     assumed_sites: int
     assumed: AssumedCodes
-    unmodelled: tuple[str, ...] = UNMODELLED
+    unmodelled: tuple[str, ...]
 
     @functools.cached_property
     def kernels(self) -> tuple[tuple[str, str, tuple[Layer, ...]], ...]:
@@ -117,36 +112,38 @@ def count(
     prompts: int = 1,
     float_bits: int = 32,
     assumed: AssumedCodes | None = None,
+    architecture: str = "sam_vit",
 ) -> Counts:
     """Counts one image with `prompts` box prompts.
 
     Args:
         sam_config: the model.
         quant_config: the quantization; None is the floating-point model.
-        codes: measured code histograms, {site path: counts or `Histogram`} (see `hwcost.codes`).
+        codes: measured code histograms, {site path: counts or `Histogram`} (see `hwcost.counts.codes`).
         prompts: boxes decoded for the image.
         float_bits: width of what stays in floating point, 16 or 32.
         assumed: what sites without a histogram take; by default the pooled codes of MINI at W4A4
-            (`hwcost.codes.mini_codes`).
+            (`hwcost.counts.codes.mini_codes`).
+        architecture: the name of the graph (`hwcost.counts.graphs`).
 
     Returns:
         The layers. Rounded where shares multiply counts, exact otherwise.
 
     Raises:
-        ValueError: if an argument is out of range or a histogram's site is unknown or has other bits.
+        InputError: if an argument is out of range or a histogram's site is unknown or has other bits.
     """
     if prompts < 1:
-        raise ValueError(f"prompts={prompts} must be at least 1.")
+        raise InputError(f"prompts={prompts} must be at least 1.")
     if float_bits not in (16, 32):
-        raise ValueError(f"float_bits={float_bits} must be 16 or 32.")
+        raise InputError(f"float_bits={float_bits} must be 16 or 32.")
     measured = histograms(codes or {})
     assumed = assumed or mini_codes()
     builder = Builder(quant_config, measured, assumed, float_bits)
-    graph.encoder(builder, sam_config)
-    graph.decoder(builder, sam_config, prompts)
+    graph = graph_named(architecture)
+    graph.add_layers(builder, sam_config, prompts)
     unknown = sorted(set(measured) - builder.histogram_sites)
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"The histogram of {unknown[0]} belongs to no hybrid or log2 site of this model and quantization; give "
             "the histograms measured on it."
         )
@@ -159,4 +156,5 @@ def count(
         measured_sites=len(measured),
         assumed_sites=len(builder.histogram_sites - set(measured)),
         assumed=assumed,
+        unmodelled=(*HOST, *graph.unmodelled, *AROUND),
     )

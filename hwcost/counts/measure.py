@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ahcptq_jax.architectures.sites import below, intercept_sites
-from ahcptq_jax.quantizers import Hybrid, Log2, Quantizer
+from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.runtime.quantized import Quantized, with_decoded
 from hwcost.counts.codes import Histogram
+from hwcost.counts.formats import quantizer_cost
 from sam_flax import preprocessing
 from sam_flax.encoders.vit import PatchEmbed
+from sam_flax.errors import InputError
+from sam_flax.layers import in_float32
 from sam_flax.sam import Sam, apply_embed, call, encoder_stages
 
 # Boxes shown for each image, as in calibration: one shape for all images, one compilation.
@@ -20,7 +23,12 @@ PROMPTS = 8
 
 
 class _Tally:
-    """Host-side sums; attention visits a site once for each chunk, so that no return value could carry them."""
+    """Host-side sums; attention visits a site once for each chunk, so that no return value could carry them.
+
+    Attributes:
+        prefix: path of the stage that runs, before the paths of its sites.
+        counts: site path -> occurrences of each code so far.
+    """
 
     def __init__(self) -> None:
         self.prefix = ""
@@ -34,7 +42,10 @@ class _Tally:
 def measure_histograms(
     quantized: Quantized, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray]
 ) -> dict[str, Histogram]:
-    """Counts the codes of every hybrid and log2 site while the model segments images.
+    """Counts the codes of every site whose arithmetic depends on them, while the model segments images.
+
+    Matrix products are in full float32, as in everything else that runs a quantized model: the codes that are counted
+    are those that it computes.
 
     Args:
         quantized: the model.
@@ -45,21 +56,22 @@ def measure_histograms(
         Site path -> histogram, summed over the images.
 
     Raises:
-        ValueError: if there are no images, or not as many sets of boxes.
+        InputError: if there are no images, or not as many sets of boxes.
     """
     if not len(images) or len(images) != len(boxes):
-        raise ValueError(f"There are {len(images)} images and {len(boxes)} sets of boxes; give one set for each image.")
+        raise InputError(f"There are {len(images)} images and {len(boxes)} sets of boxes; give one set for each image.")
     tally, config = _Tally(), quantized.config
 
     def handle(activations: dict[str, Quantizer], path: str, value: Any) -> Any:
         quantizer = activations.get(path)
         if quantizer is None:
             return value
-        if isinstance(quantizer, Hybrid | Log2):
+        if quantizer_cost(quantizer).depends_on_codes:
             counts = jnp.bincount(quantizer.encode(value).reshape(-1), length=2**quantizer.bits)
             jax.debug.callback(lambda c: tally.add(path, np.asarray(c, np.int64)), counts)
         return quantizer.fake_quant(value)
 
+    @in_float32
     def run(module: Any, params: Any, weights: Any, activations: Any, *args: Any, **kwargs: Any) -> Any:
         with intercept_sites(lambda path, value: handle(activations, path, value)):
             return call(module, with_decoded(params, weights), *args, **kwargs)
@@ -94,6 +106,6 @@ def measure_histograms(
 
 
 def _histogram(quantizer: Quantizer, counts: np.ndarray) -> Histogram:
-    levels = int(np.asarray(quantizer.log_levels).reshape(())) if isinstance(quantizer, Hybrid) else None
-    tau = int(np.asarray(quantizer.tau).reshape(())) if isinstance(quantizer, Log2) else None
-    return Histogram(counts=tuple(counts.tolist()), log_levels=levels, tau=tau)
+    """The record of a site's counts, with what its quantizer must say for them to be read."""
+    name = quantizer_cost(quantizer).code_field
+    return Histogram(counts=tuple(counts.tolist()), **{name: int(np.asarray(getattr(quantizer, name)).reshape(()))})

@@ -10,8 +10,9 @@ from ahcptq_jax.config import QuantConfig
 from hwcost.board.accelerator import Accelerator, Design
 from hwcost.board.constants import CONSTANTS, Constants, draws, nominal
 from hwcost.board.estimate import Estimate, estimate
-from hwcost.counts.codes import AssumedCodes, Histogram, Shares
+from hwcost.counts.codes import AssumedCodes, Histogram, Shares, histograms
 from hwcost.counts.counts import Counts, count
+from hwcost.counts.formats import site_format
 from sam_flax.config import SamConfig
 
 SAMPLES = 200
@@ -57,15 +58,26 @@ def variants(
 ) -> dict[str, Variant]:
     """The method, its baselines and its ablations, by name.
 
-    What the quantized designs leave in floating point is FP16. Where codes are switched off, their histograms are
-    left out.
+    What the quantized designs leave in floating point is FP16.
+
+    Args:
+        sam_config: the model.
+        quant_config: the quantization of the method.
+        codes: measured histograms in any form of `hwcost.counts.codes.histograms`. The method uses all of them; a
+            variant uses those whose site has the same kind of codes there, at the same width.
+        prompts: boxes decoded for the image.
+        assumed: what sites without a histogram take.
+
+    Raises:
+        InputError: if a histogram fits no site of the method.
     """
+    measured = histograms(codes or {})
     bits = max(quant_config.w_bits, quant_config.a_bits)
     tag = f"W{quant_config.w_bits}A{quant_config.a_bits}"
     uniform: dict[str, Any] = {"hluq": False, "cag": False, "agq": False}
 
     def counted(config: QuantConfig | None, float_bits: int) -> Counts:
-        kept = _kept(codes or {}, config)
+        kept = measured if config == quant_config else _fitting(measured, config)
         return count(sam_config, config, kept, prompts=prompts, float_bits=float_bits, assumed=assumed)
 
     result: dict[str, Variant] = {}
@@ -107,17 +119,14 @@ def variants(
     return result
 
 
-def _kept(codes: Mapping[str, Any], config: QuantConfig | None) -> dict[str, Any]:
-    """The histograms of the sites that are hybrid or log2 at this precision."""
-    if config is None:
-        return {}
+def _fitting(measured: Mapping[str, Histogram], config: QuantConfig | None) -> dict[str, Histogram]:
+    """The histograms of sites whose codes have a histogram's kind and width at this precision."""
 
-    def fits(path: str, histogram: Any) -> bool:
-        counts = histogram.counts if isinstance(histogram, Histogram) else histogram
-        on = config.agq if path.endswith("/softmax") else config.hluq
-        return on and len(counts) == 2**config.a_bits
+    def fits(path: str, histogram: Histogram) -> bool:
+        site = site_format(path, config, 16)
+        return site.cost is not None and site.cost.depends_on_codes and len(histogram.counts) == 2**site.bits
 
-    return {path: histogram for path, histogram in codes.items() if fits(path, histogram)}
+    return {path: histogram for path, histogram in measured.items() if fits(path, histogram)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from hwcost.board.accelerator import PRESETS, Accelerator
 from hwcost.board.constants import Constants, with_values
 from hwcost.board.cycles import Dataflow
 from sam_flax.config import CONFIGS
+from sam_flax.errors import InputError
 
 SWITCHES = ("hluq", "cag", "agq", "groups")
 
@@ -43,13 +44,13 @@ class Options:
     def __post_init__(self) -> None:
         for name, known in (("model", CONFIGS), ("device", PRESETS), ("method", METHODS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"--{name}={getattr(self, name)} is unknown; choose one of {', '.join(known)}.")
+                raise InputError(f"--{name}={getattr(self, name)} is unknown; choose one of {', '.join(known)}.")
         if self.prompts < 1:
-            raise ValueError(f"--prompts={self.prompts} must be at least 1.")
+            raise InputError(f"--prompts={self.prompts} must be at least 1.")
         if self.results and self.artefact:
-            raise ValueError("--results and --artefact both give code histograms; leave one of them out.")
+            raise InputError("--results and --artefact both give code histograms; leave one of them out.")
         if self.artefact and not self.images:
-            raise ValueError("--artefact needs --images=FOLDER, photographs on which its codes are counted.")
+            raise InputError("--artefact needs --images=FOLDER, photographs on which its codes are counted.")
         self.quant_config(), self.accelerator(), self.constants()  # raise on bad values
 
     def quant_config(self) -> QuantConfig:
@@ -71,7 +72,7 @@ class Options:
             try:
                 pairs[name] = float(value)
             except ValueError:
-                raise ValueError(f"--constant={item} must be NAME=NUMBER, such as clock_mhz=250.") from None
+                raise InputError(f"--constant={item} must be NAME=NUMBER, such as clock_mhz=250.") from None
         return with_values(pairs)
 
     def folder(self, title: str) -> Path:
@@ -107,7 +108,7 @@ def options_from_flags() -> Options:
     """The parsed flags as `Options`.
 
     Raises:
-        ValueError: if they contradict each other.
+        InputError: if they contradict each other.
     """
     values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)}
     values["constant"] = tuple(values["constant"])

@@ -88,7 +88,7 @@ def run(
         constants: as in `constants.with_values`.
 
     Raises:
-        ValueError: if the histograms belong to another model, method or width.
+        InputError: if the histograms belong to another model, method or width.
     """
     count(sam_config, quant_config, codes, prompts=prompts)  # raises where histograms are another model's
     table = variants(sam_config, quant_config, codes, prompts=prompts)

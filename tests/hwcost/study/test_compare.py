@@ -1,6 +1,7 @@
 """Comparisons, sensitivities and the claim ledger."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from hwcost.study.compare import (
 )
 from hwcost.study.ledger import CLAIMS, GRID, Entry, ledger
 from sam_flax.config import MINI, VIT_L
+from sam_flax.errors import InputError
 
 ZCU102 = PRESETS["zcu102"]
 
@@ -85,6 +87,58 @@ def test_histograms_go_only_where_their_codes_exist() -> None:
     table = variants(MINI, W4A4, codes)
     assert table[METHOD].counts.measured_sites == 1
     assert table["no_hluq"].counts.measured_sites == table["int8"].counts.measured_sites == 0
+
+
+HYBRID, LOG2 = "image_encoder/blocks_0/mlp/lin2/input", "image_encoder/blocks_0/attn/softmax"
+COUNTS = [*range(1, 16), 40]
+# Every form that `hwcost.counts.codes.histograms` takes, of one and the same histogram.
+FORMS: dict[str, tuple[str, Any]] = {
+    "record, hybrid": (HYBRID, Histogram(counts=tuple(COUNTS), log_levels=4)),
+    "mapping, hybrid": (HYBRID, {"counts": COUNTS, "log_levels": 4}),
+    "mapping of an array, hybrid": (HYBRID, {"counts": np.array(COUNTS), "log_levels": np.int64(4)}),
+    "record, log2": (LOG2, Histogram(counts=tuple(COUNTS), tau=2)),
+    "mapping, log2": (LOG2, {"counts": COUNTS, "tau": 2}),
+    "mapping without tau": (LOG2, {"counts": COUNTS}),
+    "record without tau": (LOG2, Histogram(counts=tuple(COUNTS))),
+    "list": (LOG2, COUNTS),
+    "tuple": (LOG2, tuple(COUNTS)),
+    "array": (LOG2, np.array(COUNTS)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_histogram_in_every_form_is_used_in_every_variant_that_has_its_codes(form: str) -> None:
+    site, histogram = FORMS[form]
+    table = variants(MINI, W4A4, {site: histogram})
+    without = "no_hluq" if site == HYBRID else "no_agq"
+    for name, variant in table.items():
+        used = name not in (*BASELINES, without)
+        assert variant.counts.measured_sites == used, name
+    measured = Histogram(counts=tuple(COUNTS), **({"log_levels": 4} if site == HYBRID else {"tau": 2}))
+    assert table[METHOD].counts.layers == variants(MINI, W4A4, {site: measured})[METHOD].counts.layers
+    assert table[METHOD].counts.layers != variants(MINI, W4A4)[METHOD].counts.layers
+
+
+@pytest.mark.parametrize(
+    ("site", "histogram", "sentence"),
+    [
+        (HYBRID, COUNTS, "needs log_levels"),
+        (HYBRID, {"counts": COUNTS}, "needs log_levels"),
+        (HYBRID, {"counts": COUNTS, "tau": 2}, "codes need log_levels"),
+        (LOG2, {"counts": COUNTS, "log_levels": 4}, "codes need tau"),
+        (LOG2, {"counts": COUNTS[:8], "tau": 2}, "8 codes, not 2\\^4"),
+        (LOG2, [1] * 32, "32 codes, not 2\\^4"),
+        (HYBRID, Histogram(counts=(1,) * 8, log_levels=2), "8 codes, not 2\\^4"),
+        ("image_encoder/blocks_0/attn/q", COUNTS, "belongs to no"),
+        ("image_encoder/blocks_99/attn/softmax", {"counts": COUNTS, "tau": 2}, "belongs to no"),
+        (LOG2, {"tau": 2}, "needs counts"),
+        (LOG2, "4" * 16, "give a list of counts"),
+        (LOG2, 16, "give a list of counts"),
+    ],
+)
+def test_a_histogram_that_cannot_be_used_is_refused(site: str, histogram: Any, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        variants(MINI, W4A4, {site: histogram})
 
 
 def test_sensitivities_cover_every_constant_and_come_sorted(table: dict[str, Variant]) -> None:

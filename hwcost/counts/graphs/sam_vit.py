@@ -1,13 +1,25 @@
-"""The graph of `sam_flax` as layers: the encoder once, the decoder for all prompts.
+"""The graph of a SAM with a ViT encoder as layers: the encoder once, the decoder for all prompts.
 
-Attention windows are padded to whole ones; the projections before and after them see no padding.
-
-Rows of all prompts share one product in the decoder, so its weights are read once for all of them.
+Attention windows are padded to whole ones; the projections before and after them see no padding. Rows of all prompts
+share one product in the decoder, so that its weights are read once for all of them.
 """
 
 from hwcost.counts.builder import GELU_OPS, Builder
 from hwcost.counts.costs import Gemm, Tensor
 from sam_flax.config import SamConfig
+
+# What the layers leave out, and why it may matter.
+UNMODELLED: tuple[str, ...] = (
+    "mask prompts: the counted prompts are boxes (mask_downscaling idle, its weights not loaded)",
+    "window partition, head splitting and transposes: address generation, no arithmetic",
+    "reading a window of the residual stream out of order: DRAM pages beyond the stated efficiency",
+)
+
+
+def add_layers(b: Builder, c: SamConfig, prompts: int) -> None:
+    """Adds the encoder's layers, then the decoder's for `prompts` boxes."""
+    encoder(b, c)
+    decoder(b, c, prompts)
 
 
 def encoder(b: Builder, c: SamConfig) -> None:
