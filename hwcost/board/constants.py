@@ -215,5 +215,5 @@ def with_values(pairs: Mapping[str, float]) -> dict[str, Constant]:
 
 @functools.cache
 def yosys_cells() -> dict[str, dict[str, int]]:
-    """LUTs, flip-flops and DSPs by design, as `python -m hwcost.synthesis` measured them."""
+    """LUTs, flip-flops and DSPs by design, as `python -m hwcost.board.synthesis` measured them."""
     return json.loads((files("hwcost") / "data" / "yosys.json").read_text(encoding="utf-8"))["cells"]

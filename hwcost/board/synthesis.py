@@ -1,6 +1,6 @@
 """Area of the processing elements in `rtl/`, measured with Yosys; needs the program `yosys`.
 
-    python -m hwcost.synthesis      # writes hwcost/data/yosys.json
+    python -m hwcost.board.synthesis      # writes hwcost/data/yosys.json
 
 `synth_xilinx -family xcup` maps to UltraScale+ cells. It neither places nor routes, knows no clock, and packs fewer
 products into a DSP48E2 than a designer would; elements are measured in LUTs alone, the DSP form apart.
@@ -126,7 +126,7 @@ def main() -> None:
         for key, (top, parameters, dsp) in tqdm(designs().items())
     }
     lines = ",\n".join(f'  "{key}": {json.dumps(cells)}' for key, cells in table.items())
-    command = "python -m hwcost.synthesis"
+    command = "python -m hwcost.board.synthesis"
     head = f'{{"command": "{command}",\n "tool": "Yosys {version} synth_xilinx -family xcup -nowidelut",\n'
     DATA.write_text(f'{head} "cells": {{\n{lines}\n}}}}\n', encoding="utf-8")
 

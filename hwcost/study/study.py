@@ -85,7 +85,7 @@ def run(
         accelerator: the board.
         codes: measured histograms.
         prompts: boxes per image.
-        constants: as in `constants.with_values`.
+        constants: as in `hwcost.board.constants.with_values`.
 
     Raises:
         InputError: if the histograms belong to another model, method or width.

@@ -142,7 +142,7 @@ def test_flags_of_the_main_job_are_taken_from_a_file_alone(tmp_path: Path) -> No
     with pytest.MonkeyPatch.context() as patch:
         values = flags.FlagValues()
         flags.DEFINE_integer("w_bits", 4, "", flag_values=values)
-        patch.setattr("hwcost.study.study.options.flags.FLAGS", values)
+        patch.setattr("hwcost.study.options.flags.FLAGS", values)
         expanded = with_foreign_flags(["hwcost", f"--flagfile={flagfile}", "--w_bits=5"])
         assert expanded[-1] == "--undefok=boxes,checkpoint,noblank"
         assert with_foreign_flags(["hwcost", "--w_bits=5"]) == ["hwcost", "--w_bits=5"]

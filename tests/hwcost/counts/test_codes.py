@@ -11,11 +11,13 @@ from ahcptq_jax import W4A4, Quantized
 from ahcptq_jax.architectures.sites import intercept_sites
 from ahcptq_jax.quantizers import Hybrid, Log2, Quantizer
 from ahcptq_jax.recipe import site_kind
+from hwcost.counts import measure
 from hwcost.counts.codes import Histogram, hybrid_shares, load_histograms, log2_shares, mini_codes, pooled, to_json
 from hwcost.counts.measure import PROMPTS, measure_histograms
 from sam_flax.config import SamConfig
 from sam_flax.encoders import vit
-from sam_flax.sam import Sam
+from sam_flax.errors import InputError
+from sam_flax.sam import Sam, call
 
 TINY = SamConfig(
     img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, window_size=3, global_attn_indexes=(1,),
@@ -123,5 +125,14 @@ def test_measured_histograms_count_every_code_once(monkeypatch: pytest.MonkeyPat
     assert measure_histograms(model, images, boxes) == measured
     assert asked, "traced anew"
 
-    with pytest.raises(ValueError, match="2 images and 1 sets of boxes"):
+    # Whatever the process's default, products are in full float32: other codes would be counted on a GPU.
+    precisions = []
+    monkeypatch.setattr(
+        measure, "call", lambda *a, **k: (precisions.append(jax.config.jax_default_matmul_precision), call(*a, **k))[1]
+    )
+    with jax.default_matmul_precision("bfloat16"):
+        measure_histograms(model, images, boxes)
+    assert set(precisions) == {"float32"}
+
+    with pytest.raises(InputError, match="2 images and 1 sets of boxes"):
         measure_histograms(model, images, boxes[:1])
