@@ -6,6 +6,11 @@ Source: segment_anything/build_sam.py and modeling/*.py (facebookresearch/segmen
 import dataclasses
 from typing import Any
 
+from sam_flax.errors import InputError
+
+# Heads of the mask decoder in every published SAM. Shapes do not show them.
+DEFAULT_DECODER_HEADS = 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamConfig:
@@ -14,7 +19,7 @@ class SamConfig:
     Hashable, so that it can be a static argument of `jax.jit`.
 
     Raises:
-        ValueError: if a size does not divide where it must.
+        InputError: if a size does not divide where it must.
     """
 
     img_size: int  # side of the square input canvas, pixels
@@ -28,7 +33,7 @@ class SamConfig:
     out_chans: int = 256  # C: width of the image embedding, the prompts and the decoder
     mask_in_chans: int = 16  # hidden width of the mask-prompt convolutions
     decoder_depth: int = 2  # two-way blocks
-    decoder_num_heads: int = 8
+    decoder_num_heads: int = DEFAULT_DECODER_HEADS
     decoder_mlp_dim: int = 2048
     num_multimask_outputs: int = 3
     iou_head_depth: int = 3
@@ -43,22 +48,22 @@ class SamConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and value < 1:
-                raise ValueError(f"{field.name}={value} must be at least 1.")
+                raise InputError(f"{field.name}={value} must be at least 1.")
         if self.img_size % self.patch_size:
-            raise ValueError(
+            raise InputError(
                 f"img_size={self.img_size} is not a multiple of patch_size={self.patch_size}; change one of them."
             )
         if self.embed_dim % self.num_heads:
-            raise ValueError(
+            raise InputError(
                 f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; change one of them."
             )
         if self.out_chans % (2 * self.decoder_num_heads) or self.out_chans % 8:
-            raise ValueError(
+            raise InputError(
                 f"out_chans={self.out_chans} must be a multiple of 8 and of 2*decoder_num_heads="
                 f"{2 * self.decoder_num_heads}."
             )
         if any(not 0 <= i < self.depth for i in self.global_attn_indexes):
-            raise ValueError(f"global_attn_indexes={self.global_attn_indexes} must lie in 0..depth-1={self.depth - 1}.")
+            raise InputError(f"global_attn_indexes={self.global_attn_indexes} must lie in 0..depth-1={self.depth - 1}.")
 
     @property
     def grid(self) -> int:
@@ -92,17 +97,17 @@ class SamConfig:
         """Builds a config from `to_dict` output.
 
         Raises:
-            ValueError: if fields are unknown or missing.
+            InputError: if fields are unknown or missing.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"SAM configuration has unknown fields {unknown}; known are {sorted(known)}.")
+            raise InputError(f"SAM configuration has unknown fields {unknown}; known are {sorted(known)}.")
         try:
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**fields)
         except TypeError as error:
-            raise ValueError(f"SAM configuration is incomplete or mistyped: {error}.") from error
+            raise InputError(f"SAM configuration is incomplete or mistyped: {error}.") from error
 
 
 VIT_B = SamConfig(

@@ -8,6 +8,7 @@ import numpy as np
 
 from sam_flax import preprocessing
 from sam_flax.config import SamConfig
+from sam_flax.errors import InputError
 from sam_flax.sam import Params, Points, Sam, SamModel
 
 
@@ -72,12 +73,12 @@ class SamPredictor:
             image_format: "RGB" or "BGR", the order of the channels.
 
         Raises:
-            ValueError: if the image has another type or shape, or the format is unknown.
+            InputError: if the image has another type or shape, or the format is unknown.
         """
         # First of all: after a failure no prompt may be answered on the image before.
         self.reset_image()
         if image_format not in ("RGB", "BGR"):
-            raise ValueError(f"image_format must be 'RGB' or 'BGR' but is {image_format!r}.")
+            raise InputError(f"image_format must be 'RGB' or 'BGR' but is {image_format!r}.")
         image = preprocessing.check_image(image)
         if image_format == "BGR":
             image = np.ascontiguousarray(image[..., ::-1])
@@ -113,7 +114,7 @@ class SamPredictor:
 
         Raises:
             RuntimeError: if no image is set.
-            ValueError: if a prompt has a wrong shape, is not finite, or lies outside the image.
+            InputError: if a prompt has a wrong shape, is not finite, or lies outside the image.
         """
         self._features()
         size = self.model.config.mask_size
@@ -160,16 +161,16 @@ class SamPredictor:
         points = None
         if (point_coords is None) != (point_labels is None):
             missing = "point_coords" if point_coords is None else "point_labels"
-            raise ValueError(f"point_coords and point_labels must be given together; {missing} is missing.")
+            raise InputError(f"point_coords and point_labels must be given together; {missing} is missing.")
         if point_coords is not None and point_labels is not None:
             coords = _check("point_coords", point_coords, (None, None, 2))
             labels = _check("point_labels", point_labels, coords.shape[:2])
             if not np.isin(labels, (-1, 0, 1)).all():
-                raise ValueError("point_labels must be 1 (object), 0 (background) or -1 (padding).")
+                raise InputError("point_labels must be 1 (object), 0 (background) or -1 (padding).")
             height, width = self.original_size
             inside = ((coords >= 0) & (coords <= [width, height])).all(-1) | (labels < 0)
             if not inside.all():
-                raise ValueError(
+                raise InputError(
                     f"point_coords {coords[~inside][0].tolist()} lies outside the image of {width}x{height} "
                     "pixels; give x, y in pixels of the original image."
                 )
@@ -180,14 +181,14 @@ class SamPredictor:
             boxes = _check("boxes", boxes, (None, 4))
             empty = (boxes[:, 2:] <= boxes[:, :2]).any(-1)
             if empty.any():
-                raise ValueError(
+                raise InputError(
                     f"box {boxes[empty][0].tolist()} has x1 <= x0 or y1 <= y0; give corners as x0, y0, x1, y1 in "
                     "pixels."
                 )
             height, width = self.original_size
             outside = (boxes[:, :2] >= [width, height]).any(-1) | (boxes[:, 2:] <= 0).any(-1)
             if outside.any():
-                raise ValueError(
+                raise InputError(
                     f"box {boxes[outside][0].tolist()} lies outside the image of {width}x{height} pixels; "
                     "give x0, y0, x1, y1 in pixels of the original image."
                 )
@@ -201,9 +202,9 @@ class SamPredictor:
         coordinates = None if points is None else points[0]
         lengths = {len(a) for a in (coordinates, box_array, mask_array) if a is not None}
         if not lengths:
-            raise ValueError("No prompt was given; give point_coords with point_labels, a box, or a mask_input.")
+            raise InputError("No prompt was given; give point_coords with point_labels, a box, or a mask_input.")
         if len(lengths) > 1:
-            raise ValueError(
+            raise InputError(
                 f"Points, boxes and masks must be as many as each other but number {sorted(lengths)}; give "
                 "each kind of prompt once for every object, or leave that kind out."
             )
@@ -230,11 +231,11 @@ def _check(name: str, array: np.ndarray, shape: tuple[int | None, ...]) -> np.nd
     fits = array.ndim == len(shape) and all(m > 0 and n in (None, m) for n, m in zip(shape, array.shape, strict=True))
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(
+        raise InputError(
             f"{name} has shape {array.shape} but must be ({wanted}{',' * (len(shape) == 1)}), none of them 0."
         )
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} contains NaN or infinity; remove those prompts.")
+        raise InputError(f"{name} contains NaN or infinity; remove those prompts.")
     return array
 
 
@@ -245,5 +246,5 @@ def _numbers(name: str, array: np.ndarray) -> np.ndarray:
     except ValueError:  # rows of different lengths
         array = np.array(None)
     if array.dtype.kind not in "fiub":
-        raise ValueError(f"{name} is not an array of numbers; give a NumPy array of int or float.")
+        raise InputError(f"{name} is not an array of numbers; give a NumPy array of int or float.")
     return array

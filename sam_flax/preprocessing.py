@@ -8,22 +8,23 @@ import numpy as np
 from PIL import Image
 
 from sam_flax.config import SamConfig
+from sam_flax.errors import InputError
 
 
 def check_image(image: np.ndarray) -> np.ndarray:
     """Returns `image` if it is an (H, W, 3) uint8 array.
 
     Raises:
-        ValueError: otherwise.
+        InputError: otherwise.
     """
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise ValueError(
+        raise InputError(
             f"The image must be a uint8 array of shape (height, width, 3) but is {image.dtype} of shape "
             f"{image.shape}; convert it to 8-bit RGB."
         )
     if 0 in image.shape:
-        raise ValueError(f"The image has shape {image.shape} and no pixels; give a non-empty image.")
+        raise InputError(f"The image has shape {image.shape} and no pixels; give a non-empty image.")
     return image
 
 
@@ -72,20 +73,39 @@ def apply_boxes(boxes: np.ndarray, original_size: tuple[int, int], long_side: in
     return corners.reshape(boxes.shape)
 
 
-def interpolation_matrix(new: int, old: int) -> np.ndarray:
-    """(new, old) float32 matrix of bilinear resampling with half-pixel centres and clamped edges.
+def interpolation_weights(new: int, old: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bilinear resampling of `old` values to `new` ones, with half-pixel centres and clamped edges.
 
-    The same weights as `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
+    The same weights as `torch.nn.functional.interpolate(mode="linear" or "bilinear", align_corners=False)`.
+
+    Returns:
+        For each new value the two old ones (new,) and (new,) int64 that it lies between, and how far it is on the way
+        from the first to the second, (new,) float32 in 0..1.
     """
     source = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0.0)
     low = np.minimum(source.astype(np.int64), old - 1)
     high = np.minimum(low + 1, old - 1)
-    fraction = (source - low).astype(np.float32)
+    return low, high, (source - low).astype(np.float32)
+
+
+def interpolation_matrix(new: int, old: int) -> np.ndarray:
+    """(new, old) float32 matrix of the resampling by `interpolation_weights`."""
+    low, high, fraction = interpolation_weights(new, old)
     matrix = np.zeros((new, old), np.float32)
     rows = np.arange(new)
     np.add.at(matrix, (rows, low), 1 - fraction)
     np.add.at(matrix, (rows, high), fraction)
     return matrix
+
+
+def resample(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 values resampled along every axis where `shape` differs from theirs, by `interpolation_weights`."""
+    for axis, (old, new) in enumerate(zip(values.shape, shape, strict=True)):
+        if old != new:
+            low, high, fraction = interpolation_weights(new, old)
+            fraction = fraction.reshape(-1, *(1,) * (values.ndim - axis - 1))
+            values = values.take(low, axis) * (1 - fraction) + values.take(high, axis) * fraction
+    return values
 
 
 def postprocess_masks(

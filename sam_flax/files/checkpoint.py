@@ -4,7 +4,7 @@ Ours is one safetensors file whose metadata carries the whole configuration.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_flax.config import SamConfig
-from sam_flax.files.convert import convert_freeing
+from sam_flax.errors import InputError
+from sam_flax.files.convert import adapt, convert_freeing
+from sam_flax.files.known import Known
 from sam_flax.files.tensor_files import PathLike, file_kind, read_safetensors, write_safetensors
 from sam_flax.files.torch_archive import read_torch_file
 from sam_flax.files.trees import ParamTree, as_float, by_path, check_tree, nested
@@ -24,45 +26,79 @@ FORMAT = "sam_flax"
 VERSION = "1"
 
 
-def load_sam(path: PathLike, *, decoder_num_heads: int | None = None) -> tuple[Sam, ParamTree]:
+def load_sam(
+    path: PathLike,
+    *,
+    decoder_num_heads: int | None = None,
+    img_size: int | None = None,
+    global_attn_indexes: Sequence[int] | None = None,
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+) -> tuple[Sam, ParamTree]:
     """Loads a Segment Anything model.
 
     Args:
-        path: an official `.pth`, a `.safetensors` with Meta's or Hugging Face's names, a file by
-            `save_params`, or "mini" for the model that ships. The content decides, not the extension.
-        decoder_num_heads: heads of the mask decoder, for weights that are not ours and not a published SAM's.
+        path: an official `.pth`, a `.safetensors` with Meta's or Hugging Face's names, a training checkpoint that
+            holds one of these beside other things, a file by `save_params`, or "mini" for the model that ships. The
+            content decides, not the extension.
+        decoder_num_heads: heads of the mask decoder, which no file but ours says; 8, as in every published SAM, is
+            assumed with a warning where the width of the decoder is another than theirs.
+        img_size: side of the canvas in pixels, for a model that is to run at another size than its absolute positions
+            are for: those are then interpolated bilinearly, and the relative positions of global blocks linearly.
+        global_attn_indexes: encoder blocks that attend globally, where the file does not show which they are; an error
+            asks for it.
+        pixel_mean, pixel_std: RGB on the scale 0..255, for a model trained with others than the file says, or SAM's
+            own where it says nothing.
 
     Returns:
         The Linen module, with its configuration, and its parameters as JAX arrays, which carry the configuration too.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, harmful, of another kind, or not a SAM; the sentence says which.
+        InputError: if the file is damaged, harmful, of another kind, or not a SAM, or does not show what was not given
+            either; the sentence says which.
+
+    Warns:
+        InputWarning: if the decoder's heads are assumed.
     """
+    known = Known(
+        decoder_num_heads=decoder_num_heads,
+        img_size=img_size,
+        global_attn_indexes=global_attn_indexes,
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
+    )
     if path == "mini":
         path = MINI_WEIGHTS
         if not path.exists():
             raise FileNotFoundError(
                 f"The packaged weights {path} are missing; reinstall the package or run experiments.train_mini."
             )
-    path = Path(path)
+    config, params = _load(Path(path), known)
+    # An array that stands at several places is one array on the device too.
+    arrays: dict[int, jax.Array] = {}
+    leaves, structure = jax.tree.flatten(params)
+    for leaf in leaves:
+        if id(leaf) not in arrays:
+            arrays[id(leaf)] = jnp.asarray(leaf)
+    tree = jax.tree.unflatten(structure, [arrays[id(leaf)] for leaf in leaves])
+    return Sam(config), ParamTree(tree, config)
+
+
+def _load(path: Path, known: Known) -> tuple[SamConfig, Params]:
+    """The configuration and the NumPy parameters of anybody's file."""
     source = f"Checkpoint {path}"
     if file_kind(path) == "torch":
-        config, params = convert_freeing(read_torch_file(path), decoder_num_heads, source)
-    else:
-        tensors, metadata = read_safetensors(path)
-        if metadata.get("format") == FORMAT:
-            config, params = _from_own(path, tensors, metadata)
-            if decoder_num_heads not in (None, config.decoder_num_heads):
-                raise ValueError(
-                    f"{source} was saved with decoder_num_heads={config.decoder_num_heads}, not "
-                    f"{decoder_num_heads}; leave the argument out."
-                )
-        elif metadata.get("format") == "ahcptq_jax":
-            raise ValueError(f"{source} is a quantized model; load it with ahcptq_jax.load.")
-        else:
-            config, params = convert_freeing(tensors, decoder_num_heads, source)
-    return Sam(config), ParamTree(jax.tree.map(jnp.asarray, params), config)
+        return convert_freeing(read_torch_file(path), known, source)
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") == "ahcptq_jax":
+        raise InputError(
+            f"{source} is a quantized model; load it with ahcptq_jax.load, or on the command line with --artefact."
+        )
+    if metadata.get("format") == FORMAT:
+        config, params = _from_own(path, tensors, metadata)
+        return adapt(config, params, known, source)
+    return convert_freeing(tensors, known, source)
 
 
 def load_params(path: PathLike) -> tuple[SamConfig, Params]:
@@ -76,11 +112,11 @@ def load_params(path: PathLike) -> tuple[SamConfig, Params]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not such a file, or its tensors do not fit its configuration.
+        InputError: if it is not such a file, or its tensors do not fit its configuration.
     """
     path = Path(path)
     if file_kind(path) == "torch":
-        raise ValueError(f"Checkpoint {path} was written by torch.save, not by save_params; use load_sam.")
+        raise InputError(f"Checkpoint {path} was written by torch.save, not by save_params; use load_sam.")
     tensors, metadata = read_safetensors(path)
     return _from_own(path, tensors, metadata)
 
@@ -103,14 +139,15 @@ def save_params(
         dtype: type on disk; float16 halves the file and rounds the weights.
 
     Raises:
-        ValueError: if the tree does not fit `config`, a value is not finite in `dtype`, or `path` is no place
+        InputError: if the tree does not fit `config`, a value is not finite in `dtype`, or `path` is no place
             for a file.
+        OSError: if the file cannot be written.
     """
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"save_params cannot write {path}; give a file name in an existing directory.")
+        raise InputError(f"save_params cannot write {path}; give a file name in an existing directory.")
     if dtype not in ("float32", "float16"):
-        raise ValueError(f"save_params got dtype={dtype!r}; use 'float32' or 'float16'.")
+        raise InputError(f"save_params got dtype={dtype!r}; use 'float32' or 'float16'.")
     flat = by_path(params)
     source = f"Parameter tree for {path}"
     check_tree(config, flat, source)
@@ -122,16 +159,16 @@ def save_params(
 def _from_own(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[SamConfig, Params]:
     source = f"Checkpoint {path}"
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{source} was not written by save_params; use load_sam for other people's weights.")
+        raise InputError(f"{source} was not written by save_params; use load_sam for other people's weights.")
     if metadata.get("version") != VERSION:
-        raise ValueError(
+        raise InputError(
             f"{source} is of format version {metadata.get('version')!r} and this package reads "
             f"{VERSION!r}; use the package version that wrote it."
         )
     config = parse_config(metadata.get("config", ""), source)
     counts = (config.depth, config.decoder_depth, config.num_multimask_outputs, config.iou_head_depth)
     if max(counts) > len(tensors):
-        raise ValueError(f"{source} has a configuration of more layers than its {len(tensors)} tensors; save it again.")
+        raise InputError(f"{source} has a configuration of more layers than its {len(tensors)} tensors; save it again.")
     check_tree(config, tensors, source)
     return config, nested({k: as_float(k, v, source) for k, v in tensors.items()})
 
@@ -140,15 +177,15 @@ def parse_config(text: str, source: str) -> SamConfig:
     """The configuration in a file's metadata, with its types checked: the file may come from anywhere.
 
     Raises:
-        ValueError: if it is no configuration; the sentence starts with `source`.
+        InputError: if it is no configuration; the sentence starts with `source`.
     """
     remedy = "save it again with save_params"
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError(f"{source} has no readable configuration in its metadata; {remedy}.") from None
+        raise InputError(f"{source} has no readable configuration in its metadata; {remedy}.") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{source} has a configuration that is not a JSON object; {remedy}.")
+        raise InputError(f"{source} has a configuration that is not a JSON object; {remedy}.")
     for name, value in values.items():
         items = value if isinstance(value, list) else [value]
         real = name in ("mlp_ratio", "mask_threshold", "pixel_mean", "pixel_std")
@@ -163,8 +200,8 @@ def parse_config(text: str, source: str) -> SamConfig:
             or (not real and min(items, default=smallest) < smallest)
             or (name.startswith("pixel") and len(items) != 3)
         ):
-            raise ValueError(f"{source} has {name[:40]} = {str(value)[:40]} in its configuration; {remedy}.")
+            raise InputError(f"{source} has {name[:40]} = {str(value)[:40]} in its configuration; {remedy}.")
     try:
         return SamConfig.from_dict(values)
     except ValueError as error:
-        raise ValueError(f"{source} has an unusable configuration: {error}") from None
+        raise InputError(f"{source} has an unusable configuration: {error}") from None

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sam_flax.errors import InputError
 from sam_flax.files.torch_archive import LEGACY_MAGIC, is_torch_zip, read_torch_file, widen_bfloat16
 from sam_flax.files.writing import PathLike, write_whole
 
@@ -46,7 +47,7 @@ def read_state_dict(path: PathLike) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is of another kind, damaged, or holds anything but tensors.
+        InputError: if the file is of another kind, damaged, or holds anything but tensors.
     """
     path = Path(path)
     if file_kind(path) == "torch":
@@ -58,7 +59,7 @@ def file_kind(path: Path) -> Literal["torch", "safetensors"]:
     """Which of the two formats a file has, by its first bytes."""
     remedy = "give an official SAM .pth or a .safetensors file"
     if path.is_dir():
-        raise ValueError(f"Checkpoint {path} is a directory, not a file; {remedy}.")
+        raise InputError(f"Checkpoint {path} is a directory, not a file; {remedy}.")
     if not path.exists():
         raise FileNotFoundError(
             f"Checkpoint {path} does not exist; check the path, or use 'mini' for the model that ships."
@@ -68,13 +69,13 @@ def file_kind(path: Path) -> Literal["torch", "safetensors"]:
             head = file.read(64)
         size = path.stat().st_size
     except OSError as error:
-        raise ValueError(f"Checkpoint {path} cannot be read ({error.strerror}); check its permissions.") from None
+        raise InputError(f"Checkpoint {path} cannot be read ({error.strerror}); check its permissions.") from None
     if not head:
-        raise ValueError(f"Checkpoint {path} is empty; download or copy it again.")
+        raise InputError(f"Checkpoint {path} is empty; download or copy it again.")
     if is_torch_zip(head):
         return "torch"
     if head.startswith(LEGACY_MAGIC) or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
-        raise ValueError(
+        raise InputError(
             f"Checkpoint {path} is a bare pickle (torch.save before PyTorch 1.6, or not PyTorch at all), "
             "which is not read here; re-save it once with torch.save(torch.load(path, weights_only=True), "
             "new_path)."
@@ -82,12 +83,12 @@ def file_kind(path: Path) -> Literal["torch", "safetensors"]:
     if len(head) > 9 and head[8:9] == b"{":
         header = struct.unpack("<Q", head[:8])[0]
         if header > MAX_HEADER_BYTES or 8 + header > size:
-            raise ValueError(
+            raise InputError(
                 f"Checkpoint {path} declares a safetensors header of {header} bytes in a file of {size} "
                 "bytes; it is truncated or damaged, download or copy it again."
             )
         return "safetensors"
-    raise ValueError(f"Checkpoint {path} is neither a torch.save file nor a safetensors file; {remedy}.")
+    raise InputError(f"Checkpoint {path} is neither a torch.save file nor a safetensors file; {remedy}.")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -108,11 +109,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
                 elif dtype in _SAFETENSORS_DTYPES:
                     tensors[name] = file.get_tensor(name)
                 else:
-                    raise ValueError(f"tensor {name[:80]!r} is of type {dtype}, which is not read")
+                    raise InputError(f"tensor {name[:80]!r} is of type {dtype}, which is not read")
             metadata = dict(file.metadata() or {})
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0][:160].rstrip(".")
-        raise ValueError(
+        raise InputError(
             f"Checkpoint {path} is not a sound safetensors file ({reason}); download it again or re-save it."
         ) from None
     return tensors, metadata
@@ -123,7 +124,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice[:80]!r} appears twice")
+        raise InputError(f"the key {twice[:80]!r} appears twice")
     return result
 
 

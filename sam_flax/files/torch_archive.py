@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sam_flax.errors import InputError
 from sam_flax.files.torch_pickle import RESAVE, Refused, Storage, Tensor, interpret, kind_of, short
 
 # How torch.save began its files before PyTorch 1.6.
@@ -43,20 +44,20 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
         name -> array in the file's dtype, bfloat16 widened to float32. Arrays may be read-only views.
 
     Raises:
-        ValueError: if the archive is damaged, names anything but tensors, or describes tensors out of bounds.
+        InputError: if the archive is damaged, names anything but tensors, or describes tensors out of bounds.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(archive, path.stat().st_size)
     except Refused as error:
-        raise ValueError(f"Checkpoint {path} {error}.") from None
+        raise InputError(f"Checkpoint {path} {error}.") from None
     except zipfile.BadZipFile as error:
-        raise ValueError(
+        raise InputError(
             f"Checkpoint {path} is a truncated or damaged zip archive ({error}); download or copy it again."
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error, OverflowError) as error:
         # zipfile reports damaged central directories through any of these.
-        raise ValueError(
+        raise InputError(
             f"Checkpoint {path} cannot be read as a zip archive ({_first_line(error)}); download or copy it again."
         ) from None
 

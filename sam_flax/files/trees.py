@@ -8,6 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from sam_flax.config import SamConfig
+from sam_flax.errors import InputError
 from sam_flax.files.parameters import Dims, Entry, parameter_table
 from sam_flax.sam import Params
 
@@ -62,14 +63,14 @@ def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_tree_names(flat: Mapping[str, Any], source: str) -> list[Entry]:
-    """The entries of the parameters of a flat tree; ValueError if it is not a SAM's."""
+    """The entries of the parameters of a flat tree; InputError if it is not a SAM's."""
     entries = parameter_table(Dims.from_paths(flat))
     check_names((entry.path for entry in entries), flat, source)
     return entries
 
 
 def check_tree(config: SamConfig, flat: Mapping[str, Any], source: str) -> None:
-    """ValueError if a flat tree has not exactly the parameters, and their shapes, that `config` says."""
+    """InputError if a flat tree has not exactly the parameters, and their shapes, that `config` says."""
     entries = parameter_table(Dims.from_config(config))
     check_names((entry.path for entry in entries), flat, source)
     wrong = []
@@ -80,11 +81,11 @@ def check_tree(config: SamConfig, flat: Mapping[str, Any], source: str) -> None:
 
 
 def check_names(expected: Iterable[str], got: Iterable[str], source: str) -> None:
-    """ValueError that lists missing and unexpected names, if there are any."""
+    """InputError that lists missing and unexpected names, if there are any."""
     expected, got = set(expected), set(got)
     missing, unexpected = sorted(expected - got), sorted(got - expected)
     if missing or unexpected:
-        raise ValueError(
+        raise InputError(
             f"{source} does not hold the parameters of a SAM: {_listed(missing, 'missing')}; "
             f"{_listed(unexpected, 'unexpected')}; give a plain SAM checkpoint (no adapters, no other "
             "encoder)."
@@ -92,23 +93,23 @@ def check_names(expected: Iterable[str], got: Iterable[str], source: str) -> Non
 
 
 def check_shapes(wrong: list[str], source: str) -> None:
-    """ValueError that lists the findings about shapes, if there are any."""
+    """InputError that lists the findings about shapes, if there are any."""
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"{source} has shapes that do not fit together: {_listed(wrong, 'wrong', '; ')}; it is "
             "damaged, or mixes models."
         )
 
 
 def as_float(name: str, value: Any, source: str, dtype: str = "float32") -> np.ndarray:
-    """A value in `dtype`; ValueError if it is not real and finite there."""
+    """A value in `dtype`; InputError if it is not real and finite there."""
     array = np.asarray(value)
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
-        raise ValueError(f"{source} has {name} of type {array.dtype}; weights must be real numbers.")
+        raise InputError(f"{source} has {name} of type {array.dtype}; weights must be real numbers.")
     with np.errstate(over="ignore"):
         array = array.astype(dtype, copy=False)
     if not np.isfinite(array).all():
-        raise ValueError(
+        raise InputError(
             f"{source} has values in {name} that are NaN, infinite or too large for {dtype}; use a "
             "checkpoint of a model that trained soundly."
         )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_flax.config import SamConfig
+from sam_flax.errors import InputError
 from sam_flax.layers import PatchConv, gelu, layer_norm
 
 
@@ -104,7 +105,7 @@ class PromptEncoder(nn.Module):
         # Not len(): the number may be a symbol when the graph is exported.
         sizes = {a.shape[0] for a in (points[0] if points else None, boxes, masks) if a is not None}
         if len(sizes) != 1:
-            raise ValueError(
+            raise InputError(
                 f"Prompts must agree on their number and at least one must be given, but they have sizes "
                 f"{sorted(sizes)}; give points, boxes and masks of the same length."
             )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sam_flax.config import SamConfig
+from sam_flax.errors import InputError
 from sam_flax.files.convert import convert
 from sam_flax.sam import Params
 
@@ -77,7 +78,7 @@ def refused() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def survives() -> Callable[[Path, Callable], None]:
-    """Checks that reading a file works or raises a plain ValueError, and that nothing runs."""
+    """Checks that reading a file works or raises a plain InputError, and that nothing runs."""
     return _survives
 
 
@@ -87,7 +88,7 @@ def damage() -> Callable[..., bytes]:
     return _damage
 
 
-def _refused(call, *parts: str, error: type[Exception] = ValueError) -> str:
+def _refused(call, *parts: str, error: type[Exception] = InputError) -> str:
     """The one sentence with which `call` fails, after checking that it holds `parts`."""
     with pytest.raises(error) as caught:
         call()
@@ -100,13 +101,13 @@ def _refused(call, *parts: str, error: type[Exception] = ValueError) -> str:
 
 
 def _survives(path: Path, read) -> None:
-    """`read` either works or raises a plain ValueError, and nothing runs."""
+    """`read` either works or raises a plain InputError, and nothing runs."""
     global watching
     watching = []
     try:
         read(path)
     except ValueError as error:
-        assert type(error) is ValueError and str(path) in str(error)
+        assert type(error) is InputError and str(path) in str(error)
         assert "\n" not in str(error)
     finally:
         seen, watching = watching, None

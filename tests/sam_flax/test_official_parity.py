@@ -248,6 +248,70 @@ def test_full_canvas(segment_anything, tmp_path, record_property):
     assert relative_error(got, numpy(want)) <= TOLERANCE
 
 
+def lengthen_tables(official: Any, length: int) -> Any:
+    """The model with relative positions of `length` in its global blocks, which it interpolates when it runs."""
+    generator = torch.Generator().manual_seed(length)
+    for block in official.image_encoder.blocks:
+        if block.window_size == 0:
+            for name in ("rel_pos_h", "rel_pos_w"):
+                table = 0.2 * torch.randn((length, 64), generator=generator)
+                setattr(block.attn, name, torch.nn.Parameter(table))
+    return official
+
+
+@pytest.mark.parametrize("size", [224, 256, 512])
+def test_fine_tuned_at_another_size(segment_anything, tmp_path, record_property, size):
+    """Global blocks keep the 127 positions of 1024 pixels; at 224, windows have as many tokens as the grid."""
+    official = lengthen_tables(official_sam(segment_anything, img_size=size, depth=3, global_blocks=(2,)), 127)
+    sam, params = save_and_load(official, tmp_path / "tuned.pth")
+    assert (sam.config.img_size, sam.config.window_size, sam.config.global_attn_indexes) == (size, 14, (2,))
+    error, _ = check_embedding(official, sam, params)
+    record_property("relative_error", error)
+    assert error <= TOLERANCE
+    image = np.random.default_rng(2).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    theirs, ours = segment_anything.SamPredictor(official), SamPredictor(sam, params)
+    theirs.set_image(image)
+    ours.set_image(image)
+    box = np.array([10, 20, 70, 80])
+    want, got = theirs.predict(box=box, return_logits=True), ours.predict(box=box, return_logits=True)
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) <= TOLERANCE
+    pixels = [(want[0] > 0).sum((1, 2)), (got[0] > 0).sum((1, 2))]
+    record_property("mask_pixels", str(pixels))
+    assert np.abs(pixels[0] - pixels[1]).max() <= 3
+
+
+def test_positions_stored_for_other_tests(segment_anything, golden):
+    """tests/data/sam_tiny_positions_s0.npz is what the official encoder answers."""
+    from functools import partial
+
+    stored, state = golden("sam_tiny_positions_s0"), golden("sam_tiny_weights_s0")
+    images = np.random.default_rng(0).normal(size=(1, 128, 128, 3)).astype(np.float32)
+    for window, table in ((3, 31), (8, 31), (3, 11), (3, 20)):
+        encoder = segment_anything.modeling.ImageEncoderViT(
+            img_size=128,
+            embed_dim=64,
+            depth=4,
+            num_heads=4,
+            out_chans=32,
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=window,
+            global_attn_indexes=(1, 3),
+        )
+        rng = np.random.default_rng(table + window)
+        weights = {k.removeprefix("image_encoder."): v for k, v in state.items() if k.startswith("image_encoder.")}
+        for i, block in enumerate(encoder.blocks):
+            for name in ("rel_pos_h", "rel_pos_w"):
+                length = table if block.window_size == 0 else 2 * window - 1
+                value = rng.normal(0, 0.3, (length, 16)).astype(np.float16).astype(np.float32)
+                setattr(block.attn, name, torch.nn.Parameter(torch.from_numpy(value)))
+                weights[f"blocks.{i}.attn.{name}"] = value
+        encoder.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
+        with torch.no_grad():
+            want = numpy(encoder(torch.from_numpy(images.transpose(0, 3, 1, 2)))).transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(stored[f"window{window}_table{table}"], want, atol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------- transformers
 
 

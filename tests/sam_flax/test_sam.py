@@ -75,7 +75,7 @@ def test_golden_configuration(sam_tiny, tiny_config):
 def test_golden_pth_holds_the_same_model(sam_tiny, data_dir):
     sam, params = load_sam(data_dir / "sam_tiny_s0.pth", decoder_num_heads=4)
     assert sam.config == sam_tiny[0]
-    jax.tree.map(np.testing.assert_array_equal, params, sam_tiny[1])
+    jax.tree.map(np.testing.assert_array_equal, {**params}, sam_tiny[1])
 
 
 @pytest.mark.parametrize(("precision", "wanted"), [("float32", "HIGHEST"), ("tensorfloat32", "HIGH"), ("bfloat16", "")])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sam_flax.config import VIT_B, VIT_H, VIT_L
+from sam_flax.errors import InputWarning
 from sam_flax.files.convert import convert
 from sam_flax.files.infer import infer_config
 from sam_flax.files.parameters import Dims, parameter_table
@@ -33,5 +34,5 @@ def test_window_as_large_as_the_grid_reads_as_global(tiny_state):
 
 
 def test_unknown_decoder_heads_are_said(tiny_state):
-    with pytest.warns(UserWarning, match="pass decoder_num_heads"):
+    with pytest.warns(InputWarning, match="8 are assumed: give decoder_num_heads"):
         assert convert(tiny_state)[0].decoder_num_heads == 8
