@@ -20,12 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from ahcptq_jax import QuantConfig, Quantized
 from experiments.bench.made_up import random_quantized
-from experiments.job.command import finish
-from experiments.job.results import write_atomically, write_json
+from experiments.job.command import finish, launch
+from experiments.job.results import write_file, write_json
 from sam_flax import CONFIGS, Sam, SamModel
 from sam_flax.errors import InputError
 
@@ -174,7 +174,7 @@ def _command() -> int:
     rows = measure(tasks, values.together)
     text = table(rows, jax.local_devices()[0].device_kind)
     write_json(Path(values.out) / "accelerator.json", {"rows": rows})
-    write_atomically(Path(values.out) / "accelerator.md", text)
+    write_file(Path(values.out) / "accelerator.md", text)
     print(text)
     return 0
 
@@ -188,4 +188,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("batch", "1", "Images in a batch; several numbers separated by commas.")
     flags.DEFINE_integer("together", 6, "Processes that compile at the same time.", lower_bound=1)
     flags.DEFINE_string("out", "runs/accelerator", "Folder for accelerator.md and accelerator.json.")
-    app.run(main)
+    launch(main)

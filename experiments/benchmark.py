@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from experiments.bench.rows import ROWS, Row
-from experiments.job.command import finish
-from experiments.job.results import write_atomically, write_json
+from experiments.job.command import finish, launch
+from experiments.job.results import write_file, write_json
+from sam_flax.errors import InputError
 
 # For PyTorch, what `allocator.keep_pages` is for ours: it would spend most of its time getting pages back.
 KEEP_PAGES = {
@@ -82,7 +83,7 @@ class Worker:
             self.process.wait()
             self.errors.seek(0)
             last = (self.errors.read().strip().splitlines() or ["no message"])[-1]
-            raise ValueError(
+            raise InputError(
                 f"The process of row {self.row.name} ended with exit code {self.process.returncode} ({last}); "
                 "free memory or leave the row out with --rows."
             )
@@ -183,20 +184,20 @@ def chosen_rows(names: str) -> list[Row]:
     """The rows that `--rows` names, in the table's order; all for an empty text.
 
     Raises:
-        ValueError: if a name is unknown.
+        InputError: if a name is unknown.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     unknown = sorted(set(wanted) - {row.name for row in ROWS})
     if unknown:
-        raise ValueError(f"--rows names {', '.join(unknown)}; choose of {', '.join(row.name for row in ROWS)}.")
+        raise InputError(f"--rows names {', '.join(unknown)}; choose of {', '.join(row.name for row in ROWS)}.")
     return [row for row in ROWS if not wanted or row.name in wanted]
 
 
 def check_torch() -> None:
-    """Raises ValueError unless the public PyTorch SAM is installed."""
+    """Raises InputError unless the public PyTorch SAM is installed."""
     missing = [name for name in ("torch", "segment_anything") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"--against=torch needs {' and '.join(missing)}; install them with pip install -e '.[parity]'."
         )
 
@@ -244,7 +245,7 @@ def _command() -> int:
 
     def save(document: dict[str, Any]) -> None:
         write_json(file, document)
-        write_atomically(out / "benchmark.md", table(document))
+        write_file(out / "benchmark.md", table(document))
 
     print(table(run(rows, values.repeats, values.against, values.toy, save)))
     return 0
@@ -253,7 +254,7 @@ def _command() -> int:
 def cli() -> None:
     """What `python -m experiments.benchmark` runs."""
     define_flags()
-    app.run(main)
+    launch(main)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import ahcptq_jax
 from ahcptq_jax import Quantized
 from experiments.bench.made_up import random_quantized
 from experiments.bench.rows import peak_bytes
-from experiments.job.command import finish
-from experiments.job.results import write_atomically, write_json
+from experiments.job.command import finish, launch
+from experiments.job.results import write_file, write_json
 from sam_flax import CONFIGS, Sam, SamModel, load_sam, save_params
+from sam_flax.errors import InputError
 
 COLUMNS = ("file", "imports", "loaded", "run")  # in bytes
 BOXES = np.array([[100.0, 100, 600, 700]] * 8, np.float32)
@@ -75,7 +76,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def _fresh(*words: str) -> str:
     done = subprocess.run([sys.executable, "-m", "experiments.footprint", *words], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"The process for {' '.join(words)} failed: {done.stderr.strip()[-300:]}")
+        raise RuntimeError(f"The process for {' '.join(words)} failed: {done.stderr.strip()[-300:]}")
     return done.stdout
 
 
@@ -93,7 +94,7 @@ def _command() -> int:
     rows: dict[str, dict[str, float]] = {}
     names = flags.FLAGS.models.split(",")
     if unknown := [name for name in names if name not in CONFIGS]:
-        raise ValueError(f"--models={flags.FLAGS.models} has {unknown[0]!r}; choose of {', '.join(CONFIGS)}.")
+        raise InputError(f"--models={flags.FLAGS.models} has {unknown[0]!r}; choose of {', '.join(CONFIGS)}.")
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             print(f"{name}: writing its files", file=sys.stderr, flush=True)
@@ -101,7 +102,7 @@ def _command() -> int:
             for kind in ("float", "w4a4"):
                 print(f"{name} {kind}", file=sys.stderr, flush=True)
                 rows[f"{name} {kind}"] = json.loads(_fresh("measure", str(Path(folder) / f"{kind}.safetensors")))
-    write_atomically(Path(flags.FLAGS.out) / "footprint.md", table(rows))
+    write_file(Path(flags.FLAGS.out) / "footprint.md", table(rows))
     write_json(Path(flags.FLAGS.out) / "footprint.json", rows)
     print(table(rows))
     return 0
@@ -110,4 +111,4 @@ def _command() -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("models", "vit_b,vit_l", "Models, of " + ", ".join(CONFIGS) + ".")
     flags.DEFINE_string("out", "runs/footprint", "Folder for footprint.md and footprint.json.")
-    app.run(main)
+    launch(main)

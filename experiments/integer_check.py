@@ -10,23 +10,23 @@ that the integer path should not have: a code, or a mask pixel whose logit is no
 
 import dataclasses
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 import ahcptq_jax
 from ahcptq_jax import Quantized
 from ahcptq_jax.api import quantize_model
+from ahcptq_jax.flags import define_flags, values
 from ahcptq_jax.runtime.integer import integer_model
 from experiments import coco
 from experiments.bench.made_up import random_quantized
-from experiments.job.command import finish
+from experiments.job.command import finish, launch, use_compilation_cache
 from experiments.job.options import Options
-from experiments.main import calibration_set, evaluation_set, use_compilation_cache
+from experiments.job.plan import calibration_set, evaluation_set
 from sam_flax import CONFIGS, Sam, load_sam, preprocessing
 
 NEAR = 1e-3  # of the mask threshold, in logits
@@ -130,8 +130,7 @@ def main(argv: list[str]) -> int:
 
 
 def _command() -> int:
-    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in FLAGS}
-    options = Options(**values)
+    options = Options(**values(Options))
     start = time.perf_counter()
     quantized = model_to_check(options, flags.FLAGS.random)
     counts = check(quantized, options, plain=not flags.FLAGS.random)
@@ -143,16 +142,16 @@ def _command() -> int:
 FLAGS = ("checkpoint", "artefact", "images", "annotations", "num_calib", "w_bits", "a_bits", "limit", "seed")
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", "mini", "SAM weights to quantize.")
-    flags.DEFINE_string("artefact", "", "A quantized.safetensors to compare on, in place of quantizing.")
+def cli() -> None:
+    """What `python -m experiments.integer_check` runs."""
+    define_flags(Options, only=FLAGS)
+    # Fewer images than the main job takes: every site's codes are compared.
+    flags.FLAGS.set_default("num_calib", 8)
+    flags.FLAGS.set_default("limit", 10)
     flags.DEFINE_enum("random", "", ["", *CONFIGS], "Quantize this SAM with random weights.")
-    flags.DEFINE_string("images", "", "COCO image folder; default: generated scenes.")
-    flags.DEFINE_string("annotations", "", "Its COCO instances JSON.")
-    flags.DEFINE_integer("num_calib", 8, "Calibration scenes.")
-    flags.DEFINE_integer("w_bits", 4, "Bits of weights.")
-    flags.DEFINE_integer("a_bits", 4, "Bits of activations.")
-    flags.DEFINE_integer("limit", 10, "Images.")
-    flags.DEFINE_integer("seed", 0, "Seed of random weights and calibration images.")
     use_compilation_cache()
-    app.run(main)
+    launch(main)
+
+
+if __name__ == "__main__":
+    cli()

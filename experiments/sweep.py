@@ -6,7 +6,8 @@
 A method may be followed by what to switch off (`-cag`), on (`+hluq_fine`) or set (`+groups=8`): `ahcptq-hluq-cag` is
 ahcptq without HLUQ and CAG. `--method`, `--w_bits`, `--a_bits` and `--seed` are the settings' own; every other flag of
 `experiments.main` holds for all of them. Runs that `--records` (by default `<out>/records.jsonl`) has are not repeated,
-and one that was killed goes on. Writes `<out>/table.md`, whose second table has a column for each pair of widths,
+and one that was killed goes on. A line above the table says how many rows other code than this has made;
+`--stale=repeat` makes them anew. Writes `<out>/table.md`, whose second table has a column for each pair of widths,
 `<out>/table.csv`, `<out>/table.png` and a folder for every run, with its quantized model and, by `--reports`, its
 report. Every row says which model it is of.
 """
@@ -15,40 +16,30 @@ import csv
 import dataclasses
 import io
 import re
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.config import METHODS
-from experiments import main as main_job
-from experiments.job import options as options_module
+from ahcptq_jax.flags import define_flags, values
 from experiments.job import records
+from experiments.job import run as one_run
 from experiments.job.allocator import keep_pages
-from experiments.job.command import finish
-from experiments.job.options import Options, define_flags, options_from_flags
-from experiments.job.results import write_atomically
+from experiments.job.code import code_version
+from experiments.job.command import finish, launch, use_compilation_cache
+from experiments.job.folder import check_writable, claimed
+from experiments.job.options import Options, switches
+from experiments.job.results import write_file
+from experiments.job.stages import LINES, Stages
 from experiments.job.sweep_figure import draw
+from sam_flax.errors import InputError
+from sam_flax.files.writing import printable_path
 
-# What a method's name may switch or set, and the type of its value.
-SWITCHES = ("hluq", "cag", "big", "agq", "hluq_fine", "hluq_reach_maximum", "weight_search")
-NUMBERS: dict[str, type] = {
-    "groups": int,
-    "group_metric": str,
-    "hluq_rows": int,
-    "softmax_rows": int,
-    "act_range": str,
-    "iterations": int,
-    "rounding_rate": float,
-    "scale_rate": float,
-    "granularity": str,
-    "loss_power": float,
-    "harder": float,
-}
+# What to do with runs that other code has made.
+STALE = ("keep", "repeat")
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mIoU", "agreement_mIoU")
 Row = dict[str, Any]
 
@@ -87,26 +78,29 @@ def parse_method(text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """ "ahcptq-cag+groups=8" -> its method and its changes.
 
     Raises:
-        ValueError: if the method, a switch or a value is unknown.
+        InputError: if the method, a switch or a value is unknown.
     """
     # Not at the sign of an exponent, as in +scale_rate=1e-3.
     method, *parts = re.split(r"(?<!\de)(?=[-+])", text)
     if method not in METHODS:
-        raise ValueError(f"--methods has {method!r}; choose of {', '.join(METHODS)}.")
+        raise InputError(f"--methods has {method!r}; choose of {', '.join(METHODS)}.")
+    known = switches()
     changes: list[tuple[str, Any]] = []
     for part in parts:
         name, equals, value = part[1:].partition("=")
-        if name in SWITCHES and not equals:
+        setting = known.get(name)
+        if setting is not None and setting.type is bool and not equals:
             changes.append((name, part[0] == "+"))
-        elif name in NUMBERS and equals and part[0] == "+":
+        elif setting is not None and setting.type is not bool and equals and part[0] == "+":
             try:
-                changes.append((name, NUMBERS[name](value)))
+                changes.append((name, setting.type(value)))
             except ValueError:
-                raise ValueError(f"--methods has {part!r} in {text!r}; {name} is a number.") from None
+                raise InputError(f"--methods has {part!r} in {text!r}; {name} is a number.") from None
         else:
-            raise ValueError(
-                f"--methods has {part!r} in {text!r}; switch with - or + one of {', '.join(SWITCHES)}, or set with "
-                f"+name=value one of {', '.join(NUMBERS)}."
+            raise InputError(
+                f"--methods has {part!r} in {text!r}; switch with - or + one of "
+                f"{', '.join(n for n, s in known.items() if s.type is bool)}, or set with +name=value one of "
+                f"{', '.join(n for n, s in known.items() if s.type is not bool)}."
             )
     return method, tuple(changes)
 
@@ -119,12 +113,12 @@ def parse_settings(methods: str, bits: str) -> list[Setting]:
         bits: e.g. "44,88": two digits each, weights and activations.
 
     Raises:
-        ValueError: if a method, a switch or a width is unknown.
+        InputError: if a method, a switch or a width is unknown.
     """
     settings = []
     for pair in bits.split(","):
         if len(pair) != 2 or not pair.isdigit():
-            raise ValueError(f"--bits has {pair!r}; give two digits for each, weights and activations, like 44,66.")
+            raise InputError(f"--bits has {pair!r}; give two digits for each, weights and activations, like 44,66.")
         for text in methods.split(","):
             settings.append(Setting(text, *parse_method(text), int(pair[0]), int(pair[1])))
     return list(dict.fromkeys(settings))
@@ -185,9 +179,9 @@ def table_csv(rows: dict[str, list[Row]]) -> str:
     writer = csv.writer(text)
     writer.writerow(["model", "run", "seed", *COLUMNS])
     for name, runs in rows.items():
-        for seed, values in enumerate(runs):
-            cells = (values.get(column) for column in COLUMNS)
-            writer.writerow([values["model"], name.split(":")[0], seed, *cells])
+        for seed, scores in enumerate(runs):
+            cells = (scores.get(column) for column in COLUMNS)
+            writer.writerow([scores["model"], name.split(":")[0], seed, *cells])
     return text.getvalue()
 
 
@@ -198,6 +192,8 @@ def sweep(
     out: Path,
     records_file: Path | None = None,
     reports: bool = False,
+    stale: str = STALE[0],
+    verbosity: int = LINES,
 ) -> str:
     """Runs what is missing and returns the table, which is also written after every run.
 
@@ -207,75 +203,107 @@ def sweep(
     Args:
         records_file: of the runs that are done, see `records`; by default in `out`.
         reports: makes every run's report.
+        stale: "keep" takes records that other code has made, "repeat" makes those runs anew.
+        verbosity: see `Stages`.
 
     Raises:
-        ValueError, FileNotFoundError: before the first run, if a setting has a value that cannot be, the records are
-            damaged or a folder cannot be written; else as `experiments.main.run`.
+        InputError, OSError: before the first run, if a setting has a value that cannot be, the records are damaged or a
+            folder cannot be written; else as `one_run.run`.
     """
     records_file = out / "records.jsonl" if records_file is None else records_file
     done = records.read(records_file)
+    if stale == "repeat":
+        done = {options: record for options, record in done.items() if not records.is_stale(record)}
     runs = [(seed, setting, _options(setting, base, seed, out)) for seed in range(seeds) for setting in settings]
-    main_job.check_writable(out, "--out")
-    main_job.check_writable(records_file.parent, "--records")
+    check_writable(out, "--out")
+    check_writable(records_file.parent, "--records")
     kept = sum(records.key(options) in done for _, _, options in runs)
-    print(f"{kept} of {len(runs)} runs are in {records_file}.", file=sys.stderr, flush=True)
+    tell = Stages(verbosity).say
+    tell(f"{kept} of {len(runs)} runs are in {printable_path(records_file)}.")
     rows: dict[str, list[Row]] = {}
     cache = StatisticsCache()
-    for seed, setting, options in runs:
-        results = done.get(records.key(options))
-        if missing := results is None:
-            print(f"== {setting.name}, seed {seed}", file=sys.stderr, flush=True)
-            found = main_job.run(options, journal=out / "partial", cache=cache, with_report=reports)
-            results = records.add(records_file, options, found)
-        # A model's floating-point row stands before its first setting.
-        rows.setdefault(f"floating point:{results['model']}", [{**results["fp"], "model": results["model"]}])
-        rows.setdefault(setting.name, []).append(row(results))
-        if missing:
-            _write_tables(out, settings, rows)
-    if kept < len(runs):
-        # What evaluations left serves interrupted sweeps only: a later one may be of other code.
-        shutil.rmtree(out / "partial", ignore_errors=True)
-    return _write_tables(out, settings, rows)
+    found: list[records.Record] = []
+    with claimed(out, "--out"):
+        for seed, setting, options in runs:
+            record = done.get(records.key(options))
+            if missing := record is None:
+                tell(f"== {setting.name}, seed {seed}")
+                results = one_run.run(
+                    options, journal=out / "partial", cache=cache, with_report=reports, verbosity=verbosity
+                )
+                record = records.add(records_file, options, results)
+            found.append(record)
+            # A model's floating-point row stands before its first setting.
+            rows.setdefault(f"floating point:{record['model']}", [{**record["fp"], "model": record["model"]}])
+            rows.setdefault(setting.name, []).append(row(record))
+            if missing:
+                _write_tables(out, settings, rows, found)
+        if kept < len(runs):
+            # What evaluations left serves interrupted sweeps only.
+            for file in (out / "partial").glob("*.jsonl"):
+                file.unlink()
+        return _write_tables(out, settings, rows, found)
 
 
 def _options(setting: Setting, base: Options, seed: int, out: Path) -> Options:
     try:
         return setting.options(base, seed, out)
-    except ValueError as error:
-        raise ValueError(f"--methods or --bits ask for {setting.name}: {error}") from error
+    except InputError as error:
+        raise InputError(f"--methods or --bits ask for {setting.name}: {error}") from error
 
 
-def _write_tables(out: Path, settings: list[Setting], rows: dict[str, list[Row]]) -> str:
-    text = table(rows) + "\n" + table_by_bits(settings, rows)
-    write_atomically(out / "table.md", text)
-    write_atomically(out / "table.csv", table_csv(rows))
-    write_atomically(out / "table.png", draw(rows))
+def _write_tables(out: Path, settings: list[Setting], rows: dict[str, list[Row]], found: list[records.Record]) -> str:
+    text = "\n".join([*_code_lines(found), table(rows), table_by_bits(settings, rows)])
+    write_file(out / "table.md", text)
+    write_file(out / "table.csv", table_csv(rows))
+    write_file(out / "table.png", draw(rows))
     return text
 
 
+def _code_lines(found: list[records.Record]) -> list[str]:
+    """A line about rows that other code than this has made, if there are any, and an empty one."""
+    stale = [record for record in found if records.is_stale(record)]
+    if not stale:
+        return []
+    versions = sorted({record.get("code") or "an earlier version" for record in stale})
+    return [
+        f"rows of other code: {len(stale)} of {len(found)} (made by {', '.join(versions)}; this is {code_version()}); "
+        "--stale=repeat makes them anew.",
+        "",
+    ]
+
+
 def main(argv: list[str]) -> int:
-    return finish(argv, _command)
+    return finish(argv, _command, kept)
 
 
 def _command() -> int:
-    values = flags.FLAGS
-    settings = parse_settings(values.methods, values.bits)
-    base = options_from_flags()
+    found = flags.FLAGS
+    settings = parse_settings(found.methods, found.bits)
+    base = Options(**values(Options))
     if base.artefact:
-        raise ValueError("--artefact is one finished model and a sweep makes many; give it to experiments.main.")
-    records_file = Path(values.records) if values.records else None
-    print(sweep(base, settings, values.seeds, Path(base.out), records_file, values.reports))
+        raise InputError("--artefact is one finished model and a sweep makes many; give it to experiments.main.")
+    records_file = Path(found.records) if found.records else None
+    text = sweep(base, settings, found.seeds, Path(base.out), records_file, found.reports, found.stale, found.verbosity)
+    print(text)
     return 0
 
 
+def kept() -> str:
+    """The end of the line after Ctrl-C."""
+    found = flags.FLAGS
+    place = found.records or Path(found.out) / "records.jsonl"
+    return f"finished runs are kept in {place}; give the same command again to go on with the one that was under way."
+
+
 if __name__ == "__main__":
-    define_flags()
-    flags.adopt_module_key_flags(options_module)
-    main_job.use_compilation_cache()
+    define_flags(Options)
+    use_compilation_cache()
     keep_pages()
     flags.DEFINE_string("methods", ",".join(METHODS), "Methods, each with what to switch or set behind it.")
     flags.DEFINE_string("bits", "44,55,66", "Widths of weights and activations, two digits each.")
     flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, … per setting.", lower_bound=1)
     flags.DEFINE_string("records", "", "File of the runs that are done; default: records.jsonl in --out.")
+    flags.DEFINE_enum("stale", STALE[0], STALE, "Keep, or repeat, runs that other code than this has made.")
     flags.DEFINE_bool("reports", False, "Make report.html, with histograms of codes, for every run.")
-    app.run(main)
+    launch(main)

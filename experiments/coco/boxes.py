@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from experiments.coco.values import is_number
+from sam_flax.errors import InputError
 
 XYWH = tuple[float, float, float, float]  # as COCO writes a box, in pixels
 Corners = tuple[float, float, float, float]  # (x0, y0, x1, y1) in pixels
@@ -14,13 +15,13 @@ def parse_box(bbox: Any, name: str) -> XYWH:
     """The numbers of `[x, y, width, height]`, as written.
 
     Raises:
-      ValueError: if it is something else; the sentence starts with `name`.
+      InputError: if it is something else; the sentence starts with `name`.
     """
     if not isinstance(bbox, list | tuple) or len(bbox) != 4 or not all(is_number(v) for v in bbox):
-        raise ValueError(f"{name} has the box {bbox}: write four finite numbers, [x, y, width, height].")
+        raise InputError(f"{name} has the box {bbox}: write four finite numbers, [x, y, width, height].")
     x, y, w, h = (float(value) for value in bbox)
     if w < 0 or h < 0:
-        raise ValueError(f"{name} has a box of negative size, {list(bbox)}: write [x, y, width, height].")
+        raise InputError(f"{name} has a box of negative size, {list(bbox)}: write [x, y, width, height].")
     return x, y, w, h
 
 

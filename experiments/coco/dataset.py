@@ -147,7 +147,7 @@ class CocoDataset:
         """
         annotation = self.coco.anns[annotation_id]
         if "segmentation" not in annotation:
-            raise ValueError(f"Annotation {annotation_id} of {self.source} has no mask: evaluate on a file with masks.")
+            raise InputError(f"Annotation {annotation_id} of {self.source} has no mask: evaluate on a file with masks.")
         image = self.coco.imgs[annotation["image_id"]]
         return run_lengths(annotation["segmentation"], image["width"], image["height"])
 
@@ -191,7 +191,7 @@ def load_coco(
     document = read_json(document_path, annotations_flag, "a COCO instances file")
     if not isinstance(document, dict):
         hint = " (a list is a results file, which belongs to --boxes)" if isinstance(document, list) else ""
-        raise ValueError(
+        raise InputError(
             f"{document_path} is not a COCO instances file: it holds no object with images and "
             f"annotations{hint}; give such a file with {annotations_flag}."
         )

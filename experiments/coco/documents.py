@@ -9,6 +9,7 @@ from pycocotools import mask as mask_utils
 from experiments.coco.boxes import Corners, clip_box, parse_box
 from experiments.coco.masks import check_segmentation, run_lengths
 from experiments.coco.values import is_integer, is_number
+from sam_flax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,13 +43,13 @@ def parse_instances(document: Mapping[str, Any], source: str, limit: int | None,
       require_masks: whether every annotation must have a mask.
 
     Raises:
-      ValueError: if it is not an instances document, contradicts itself, or has nothing for these images.
+      InputError: if it is not an instances document, contradicts itself, or has nothing for these images.
     """
     listed, raw_annotations = _lists(document, source, limit)
     images = [_parse_image(record, source, position) for position, record in enumerate(listed)]
     listed_ids = frozenset(record["id"] for record in images)
     if len(listed_ids) != len(images):
-        raise ValueError(f"{source} lists an image id twice: give every image its own id.")
+        raise InputError(f"{source} lists an image id twice: give every image its own id.")
     images = images[:limit]
     sizes = {record["id"]: (record["width"], record["height"]) for record in images}
     categories = _parse_categories(document, source)
@@ -61,16 +62,16 @@ def parse_instances(document: Mapping[str, Any], source: str, limit: int | None,
     for position, raw in enumerate(raw_annotations):
         name = f"Annotation {raw.get('id', position) if isinstance(raw, dict) else position} of {source}"
         if not isinstance(raw, dict) or not {"image_id", "category_id", "bbox"} <= raw.keys():
-            raise ValueError(f"{name} lacks image_id, category_id or bbox: use COCO's instances format.")
+            raise InputError(f"{name} lacks image_id, category_id or bbox: use COCO's instances format.")
         if not is_integer(raw["image_id"]) or raw["image_id"] not in listed_ids:
-            raise ValueError(
+            raise InputError(
                 f"{name} belongs to image {raw['image_id']}, which the file does not list: "
                 "remove the annotation or add the image."
             )
         if raw["image_id"] not in sizes:
             continue
         if not is_integer(raw["category_id"]) or raw["category_id"] not in known_categories:
-            raise ValueError(
+            raise InputError(
                 f"{name} has category {raw['category_id']}, which the file does not define: "
                 "add the category or correct the annotation."
             )
@@ -90,7 +91,7 @@ def parse_instances(document: Mapping[str, Any], source: str, limit: int | None,
         annotations.append(record)
         boxes.append(box)
     if not annotations:
-        raise ValueError(
+        raise InputError(
             f"None of the first {len(images)} images of {source} has an annotation: evaluate more images (--limit)."
         )
     return Instances(images, annotations, boxes, categories, listed_ids, clipped)
@@ -102,7 +103,7 @@ def file_name(record: Mapping[str, Any], source: str, *, needed: bool) -> str:
     if isinstance(name, str) and name:
         return name
     if needed:
-        raise ValueError(f"Image {record['id']} of {source} has no file_name: add the name of its file.")
+        raise InputError(f"Image {record['id']} of {source} has no file_name: add the name of its file.")
     return f"image {record['id']}"
 
 
@@ -110,16 +111,16 @@ def _lists(document: Mapping[str, Any], source: str, limit: int | None) -> tuple
     """Images and annotations as listed, neither of them empty."""
     for key in ("images", "annotations"):
         if not isinstance(document.get(key), list):
-            raise ValueError(
+            raise InputError(
                 f'{source} is not a COCO instances file: it has no list "{key}"; use an '
                 "instances_*.json file, which has images, annotations and categories."
             )
     if limit is not None and limit < 1:
-        raise ValueError(f"The limit of images is {limit}: give at least 1, or leave it out for all images.")
+        raise InputError(f"The limit of images is {limit}: give at least 1, or leave it out for all images.")
     if not document["images"]:
-        raise ValueError(f"{source} lists no images: use an annotation file with at least one image.")
+        raise InputError(f"{source} lists no images: use an annotation file with at least one image.")
     if not document["annotations"]:
-        raise ValueError(f"{source} has no annotations: use a file with at least one annotated object.")
+        raise InputError(f"{source} has no annotations: use a file with at least one annotated object.")
     return document["images"], document["annotations"]
 
 
@@ -127,10 +128,10 @@ def _parse_image(record: Any, source: str, position: int) -> dict[str, Any]:
     """One entry of "images", with its id and size checked."""
     name = f"Image {position} of {source}"
     if not isinstance(record, dict) or not is_integer(record.get("id")):
-        raise ValueError(f"{name} has no integer id: use COCO's instances format.")
+        raise InputError(f"{name} has no integer id: use COCO's instances format.")
     for key in ("height", "width"):
         if not is_number(record.get(key)) or record[key] < 1 or record[key] != int(record[key]):
-            raise ValueError(f"{name} (id {record['id']}) has no positive whole {key}: add the image's size in pixels.")
+            raise InputError(f"{name} (id {record['id']}) has no positive whole {key}: add the image's size in pixels.")
     return {**record, "height": int(record["height"]), "width": int(record["width"])}
 
 
@@ -143,7 +144,7 @@ def _parse_categories(document: Mapping[str, Any], source: str) -> list[dict[str
     if not isinstance(categories, list) or not all(
         isinstance(category, dict) and is_integer(category.get("id")) for category in categories
     ):
-        raise ValueError(f"{source} has malformed categories: give a list of objects with a whole id and a name.")
+        raise InputError(f"{source} has malformed categories: give a list of objects with a whole id and a name.")
     return [dict(category) for category in categories]
 
 
@@ -159,7 +160,7 @@ def _annotated_box(bbox: Any, width: int, height: int, name: str) -> tuple[Corne
     beside = x >= width or (x < 0 and x + w <= 0)
     above_or_below = y >= height or (y < 0 and y + h <= 0)
     if beside or above_or_below:
-        raise ValueError(
+        raise InputError(
             f"{name} has the box {list(bbox)}, which lies outside its {width}x{height} image: correct or remove it."
         )
     return clip_box(x, y, w, h, width, height)

@@ -7,6 +7,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from experiments.coco.values import is_integer, is_number
+from sam_flax.errors import InputError
 
 
 def check_segmentation(segmentation: Any, width: int, height: int, name: str) -> Any:
@@ -23,7 +24,7 @@ def check_segmentation(segmentation: Any, width: int, height: int, name: str) ->
     if isinstance(segmentation, dict) and segmentation.get("counts"):
         size, counts = segmentation.get("size"), segmentation["counts"]
         if not isinstance(size, list | tuple) or list(size) != [height, width]:
-            raise ValueError(
+            raise InputError(
                 f"{name} has a mask of size {size}, but its image has [height, width] {[height, width]}: "
                 "make the mask at the image's size."
             )
@@ -31,7 +32,7 @@ def check_segmentation(segmentation: Any, width: int, height: int, name: str) ->
             counts = _decompress(counts)
         if isinstance(counts, list) and all(is_integer(v) and v >= 0 for v in counts) and sum(counts) == width * height:
             return segmentation
-    raise ValueError(
+    raise InputError(
         f"{name} has no valid mask: give polygons of at least three points, or run lengths that cover the image."
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 from experiments.coco.boxes import XYWH, Corners, clip_box, parse_box, without_area
 from experiments.coco.dataset import CocoDataset
 from experiments.coco.values import is_integer, is_number, read_json
+from sam_flax.errors import InputError
 
 # A box may leave the image by this many pixels and still count as rounding in a results file.
 _ROUNDING_PIXELS = 2.0
@@ -88,7 +89,7 @@ def annotated_boxes(dataset: CocoDataset) -> BoxSet:
     """The box of every object that is not a crowd, with score 1.
 
     Raises:
-      ValueError: if there is none.
+      InputError: if there is none.
     """
     per_image = {}
     for item in dataset.items:
@@ -101,7 +102,7 @@ def annotated_boxes(dataset: CocoDataset) -> BoxSet:
         )
     boxes = BoxSet("gt", per_image)
     if not len(boxes):
-        raise ValueError(
+        raise InputError(
             f"{dataset.source} has no box that can serve as a prompt (all are crowds or have no area): "
             "give a detector's results file with --boxes."
         )
@@ -131,14 +132,14 @@ def load_detections(
 
     Raises:
       FileNotFoundError: if the file is absent.
-      ValueError: if it is not in the results format, contradicts the dataset, or nothing is left of it.
+      InputError: if it is not in the results format, contradicts the dataset, or nothing is left of it.
     """
     if max_per_image < 1:
-        raise ValueError(f"The number of boxes per image is {max_per_image}: give at least 1.")
+        raise InputError(f"The number of boxes per image is {max_per_image}: give at least 1.")
     path = Path(path)
     document = read_json(path, flag, "a COCO results file, or gt")
     if not isinstance(document, list):
-        raise ValueError(
+        raise InputError(
             f"{path} is not a COCO results file: it must hold a list of detections with image_id, "
             f"category_id, bbox and score; give such a file with {flag}, or {flag}=gt."
         )
@@ -151,7 +152,7 @@ def load_detections(
             else f"{counts['total']} detections are of the evaluated images, {counts['low']} of them below the score "
             f"{min_score:g} and {counts['outside']} without area in the image"
         )
-        raise ValueError(f"No box is left of {path} for {dataset.source}: {reason}; check {flag} and the score limit.")
+        raise InputError(f"No box is left of {path} for {dataset.source}: {reason}; check {flag} and the score limit.")
     found = {
         "belong to images that the annotations do not list": counts["unknown"],
         "left their image and were clipped to it": counts["clipped"],
@@ -177,7 +178,7 @@ def _select(
     """The usable detections of every image of the dataset, and how many were unknown, clipped, outside or low.
 
     Raises:
-      ValueError: if an entry is malformed, or most boxes look like corners.
+      InputError: if an entry is malformed, or most boxes look like corners.
     """
     sizes = {item.image_id: (item.width, item.height) for item in dataset.items}
     categories = set(dataset.coco.cats)
@@ -190,7 +191,7 @@ def _select(
             counts["unknown"] += image_id not in dataset.listed_ids
             continue
         if category_id not in categories:
-            raise ValueError(
+            raise InputError(
                 f"Detection {number} of {path} has category {category_id}, which {dataset.source} does not "
                 "define: write category ids as the annotations number them, not as the detector's class "
                 "index."
@@ -208,7 +209,7 @@ def _select(
             counts["clipped"] += was_clipped
             kept[image_id].append(_Detection(score, category_id, box))
     if counts["total"] and looks_like_corners and counts["leaving"] > _CORNER_SHARE * counts["total"]:
-        raise ValueError(
+        raise InputError(
             f"{path} holds boxes that leave the image as [x, y, width, height] but fit as [x0, y0, x1, y1]: "
             "write width and height as the third and fourth number."
         )
@@ -232,10 +233,10 @@ def _parse_detection(entry: Any, path: Path, number: int) -> tuple[int, int, XYW
     if not isinstance(entry, dict) or not {"image_id", "category_id", "bbox", "score"} <= entry.keys():
         missing = sorted({"image_id", "category_id", "bbox", "score"} - set(entry)) if isinstance(entry, dict) else []
         what = f"lacks {', '.join(missing)}" if missing else "is not an object"
-        raise ValueError(f"{name} {what}: use COCO's results format (image_id, category_id, bbox, score).")
+        raise InputError(f"{name} {what}: use COCO's results format (image_id, category_id, bbox, score).")
     score, box = entry["score"], parse_box(entry["bbox"], name)
     if not is_number(score) or not 0 <= score <= 1:
-        raise ValueError(f"{name} has the score {score}: write a probability between 0 and 1.")
+        raise InputError(f"{name} has the score {score}: write a probability between 0 and 1.")
     if not is_integer(entry["image_id"]) or not is_integer(entry["category_id"]):
-        raise ValueError(f"{name} has an image_id or category_id that is not a whole number: use the annotations' ids.")
+        raise InputError(f"{name} has an image_id or category_id that is not a whole number: use the annotations' ids.")
     return entry["image_id"], entry["category_id"], box, float(score)

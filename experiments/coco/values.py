@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from sam_flax.errors import InputError
+
 
 def read_json(path: Path, flag: str, expected: str) -> Any:
     """Parses a JSON file.
@@ -17,7 +19,7 @@ def read_json(path: Path, flag: str, expected: str) -> Any:
       expected: what kind of file belongs there, for messages.
 
     Raises:
-      FileNotFoundError, ValueError: with a sentence that names the file and the flag.
+      FileNotFoundError, InputError: with a sentence that names the file and the flag.
     """
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
@@ -25,7 +27,7 @@ def read_json(path: Path, flag: str, expected: str) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is not readable as JSON ({error}): give {expected} with {flag}, or copy the file again "
             "if it was cut off."
         ) from error

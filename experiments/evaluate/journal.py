@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,32 @@ import numpy as np
 
 from experiments.coco import BoxSet, CocoDataset, ImageItem
 from experiments.evaluate.predictions import ImageResult
-from experiments.job.results import write_atomically
+from experiments.job.results import write_file
+from sam_flax.errors import InputError
+from sam_flax.files.writing import unwritable
 
 FORMAT = 1
 
 
 def resume(
-    path: Path, dataset: CocoDataset, boxes: BoxSet, blank: bool, model_fingerprint: str
+    path: Path, dataset: CocoDataset, boxes: BoxSet, blank: bool, model_fingerprint: str, code: str
 ) -> dict[int, ImageResult]:
     """Reads the finished images of an interrupted run, or starts the file.
 
-    A last line that a killed run left incomplete is cut off.
+    A last line that a killed run left incomplete is cut off. What other code has written is not taken over: the file
+    is started anew.
 
     Args:
-      path: the file.
-      dataset: the images.
-      boxes: the prompts.
-      blank: whether images are replaced by blank ones.
-      model_fingerprint: identifies the model and its quantization.
+        path: the file.
+        dataset: the images.
+        boxes: the prompts.
+        blank: whether images are replaced by blank ones.
+        model_fingerprint: identifies the model and its quantization.
+        code: version of the code that predicts.
 
     Raises:
-      ValueError: if the file belongs to another evaluation or is damaged elsewhere than at its end.
+        InputError: if the file belongs to another evaluation or is damaged elsewhere than at its end.
+        OSError: if it cannot be written.
     """
     if not model_fingerprint:
         raise ValueError("Partial results need a model_fingerprint, so that another model's are not taken over.")
@@ -41,19 +47,24 @@ def resume(
         "dataset": dataset.fingerprint,
         "boxes": boxes.fingerprint,
         "blank": blank,
+        "code": code,
     }
     if not path.exists() or path.stat().st_size == 0:
-        write_atomically(path, json.dumps(header) + "\n")
+        write_file(path, json.dumps(header) + "\n")
         return {}
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     lines = whole.splitlines()
     found = _parse_line(lines[0]) if lines else None
     if found is None or "format" not in found:
-        raise ValueError(f"{path} does not hold partial results: remove it or name another file.")
+        raise InputError(f"{path} does not hold partial results: remove it or name another file.")
     different = [key for key in header if found.get(key) != header[key]]
+    if different == ["code"]:
+        print(f"{path} holds partial results of other code, which are left out.", file=sys.stderr, flush=True)
+        write_file(path, json.dumps(header) + "\n")
+        return {}
     if different:
-        raise ValueError(
+        raise InputError(
             f"{path} holds partial results of another evaluation (different {', '.join(different)}): "
             "remove it or choose another --out."
         )
@@ -67,7 +78,7 @@ def resume(
             # The end of the file may be damaged by a crash of the machine; the middle never is by one.
             if number == len(lines):
                 break
-            raise ValueError(f"Line {number} of {path} is damaged: remove the file to start this evaluation again.")
+            raise InputError(f"Line {number} of {path} is damaged: remove the file to start this evaluation again.")
         done[result.image_id] = result
         valid += len(line) + 1
     if valid < len(data):
@@ -76,13 +87,29 @@ def resume(
 
 
 def append(path: Path, result: ImageResult) -> None:
-    """Adds one line in one write, so that a killed run leaves at most its last line incomplete."""
+    """Adds one line, of which a killed run leaves at most a part at the end of the file.
+
+    Raises:
+        OSError: if there is no room for it; the file then ends with the line before.
+    """
     line = (json.dumps(to_record(result)) + "\n").encode()
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
-        os.write(handle, line)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            size = os.fstat(handle).st_size
+            written = 0
+            try:
+                while written < len(line):
+                    # A disk that fills up may take a part of the line before it refuses the rest.
+                    written += os.write(handle, line[written:])
+            except OSError:
+                if written:
+                    os.ftruncate(handle, size)
+                raise
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def to_record(result: ImageResult) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.coco import BoxSet, CocoDataset, ImageBoxes, ImageItem, stream_images
 from experiments.coco.masks import decode, encode
+from sam_flax.errors import InputError
 
 # Prompts are padded to one of these counts, so that a jitted decoder compiles only for them.
 CHUNK_SIZES = (8, 32)
@@ -111,7 +112,7 @@ def predict_image(
                 "per box."
             )
         if not np.isfinite(iou[: len(chunk)]).all():
-            raise ValueError(
+            raise InputError(
                 f"The model predicts an IoU that is not finite for image {item.name}: its weights or "
                 "quantizer scales hold NaN or infinity; calibrate again or load an intact checkpoint."
             )

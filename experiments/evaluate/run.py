@@ -47,6 +47,7 @@ def evaluate(
     chunk_sizes: Sequence[int] = CHUNK_SIZES,
     partial_results: str | os.PathLike[str] | None = None,
     model_fingerprint: str = "",
+    code: str = "",
     progress: str | None = "evaluate",
 ) -> EvaluationResult:
     """Predicts one mask per box and scores the masks.
@@ -63,6 +64,7 @@ def evaluate(
       partial_results: JSON-lines file for the predictions of finished images; a run that finds it goes on
         from there.
       model_fingerprint: identifies the model and its quantization in `partial_results`.
+      code: version of the code; partial results of another one are not taken over.
       progress: label of the progress bar on stderr; None for no bar.
 
     Raises:
@@ -74,7 +76,7 @@ def evaluate(
     if any(item.image_id not in boxes.per_image for item in dataset.items):
         raise ValueError(f"The boxes of {boxes.source} were not made for {dataset.source}: load them for this dataset.")
     path = None if partial_results is None else Path(partial_results)
-    done = {} if path is None else journal.resume(path, dataset, boxes, blank, model_fingerprint)
+    done = {} if path is None else journal.resume(path, dataset, boxes, blank, model_fingerprint, code)
     copies = list(predictor) if isinstance(predictor, Sequence) else [predictor]
     parts = [list(dataset.items)]
     if isinstance(predictor, Sequence):
@@ -86,7 +88,9 @@ def evaluate(
 
     results = done | _predict_parts(predict, copies, parts, done, path, progress)
     if isinstance(predictor, Sequence):
-        found = devices.gather({image_id: journal.to_record(result) for image_id, result in results.items()})
+        found = devices.from_all_processes(
+            {image_id: journal.to_record(result) for image_id, result in results.items()}
+        )
         results = {item.image_id: journal.from_record(found[item.image_id], item) for item in dataset.items}
     results = {item.image_id: results[item.image_id] for item in dataset.items}
     metrics: dict[str, float | None] = dict(average_precision(dataset, boxes, results, use_categories=use_categories))
@@ -135,6 +139,12 @@ def _predict_parts(
             run(copies[0], parts[0])
         else:
             with ThreadPoolExecutor(len(copies), thread_name_prefix="device") as pool:
-                for future in [pool.submit(run, *pair) for pair in zip(copies, parts, strict=True)]:
-                    future.result()
+                futures = [pool.submit(run, *pair) for pair in zip(copies, parts, strict=True)]
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:
+                    # Ctrl-C comes to this thread alone; the others end with the image that they have.
+                    failed.set()
+                    raise
     return results

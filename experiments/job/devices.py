@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam_flax import SamModel, SamPredictor
+from sam_flax.errors import InputError
 from sam_flax.predictor import MaskModel
 
 AXIS = "images"
@@ -35,11 +36,11 @@ def connect(coordinator: str, num_processes: int, process_id: int) -> None:
         ValueError: if the flags do not fit each other, or the processes do not find each other.
     """
     if not 0 <= process_id < num_processes:
-        raise ValueError(
+        raise InputError(
             f"--process_id={process_id} must lie in 0..num_processes-1={num_processes - 1}; give each process its own."
         )
     if (num_processes > 1) != bool(coordinator):
-        raise ValueError(
+        raise InputError(
             f"--num_processes={num_processes} with --coordinator={coordinator!r}: several processes need a "
             "coordinator, host:port of process 0, and one process none."
         )
@@ -47,7 +48,7 @@ def connect(coordinator: str, num_processes: int, process_id: int) -> None:
         try:
             jax.distributed.initialize(coordinator, num_processes, process_id)
         except (RuntimeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"--coordinator={coordinator} cannot be joined ({error}); give the same host:port to all processes."
             ) from error
 
@@ -74,7 +75,7 @@ def shares(count: int) -> list[range]:
     return [range(*placed[device][0].indices(count)) for device in jax.local_devices()]
 
 
-def gather(records: Mapping[int, Any]) -> dict[int, Any]:
+def from_all_processes(records: Mapping[int, Any]) -> dict[int, Any]:
     """The union of all processes' records (JSON values by number), on every process."""
     if jax.process_count() == 1:
         return dict(records)

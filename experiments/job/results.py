@@ -3,54 +3,47 @@
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sam_flax.files.writing import make_folder, write_whole
 
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Writes a file so that a reader, or a run killed meanwhile, finds the old file or the whole new one.
 
     Args:
       path: the file; its folder is made if absent.
-      content: text (stored as UTF-8) or bytes.
+      content: bytes, or text, which is stored as UTF-8; file names in it that are not UTF-8 keep their bytes.
 
     Raises:
-      ValueError: if the folder or the file cannot be written.
+      OSError: if the folder or the file cannot be written; a sentence with path and remedy.
     """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The same folder, so that the final rename stays within one file system.
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise ValueError(
-            f"{path} cannot be written ({error.strerror}): choose a writable folder with --out."
-        ) from error
+    make_folder(path.parent)
+    write_whole(path, [content if isinstance(content, bytes) else to_bytes(content)])
     return path
+
+
+def to_bytes(text: str) -> bytes:
+    """Text as UTF-8. Names of files that are not UTF-8 stand in Python's text as surrogates; they keep their bytes."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a pair that no file name has, as JSON may contain it
+        return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Writes strict JSON atomically; see `plain` for what is converted.
 
     Raises:
-      ValueError: if the file cannot be written.
+      OSError: if the file cannot be written.
       TypeError: if a value has no JSON form.
     """
-    return write_atomically(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    return write_file(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:
@@ -69,10 +62,3 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
         return plain(np.asarray(value).tolist())
     raise TypeError(f"A {type(value).__name__} has no JSON form: convert it before it is written.")
-
-
-def _umask() -> int:
-    """The process's mask of permissions, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.evaluate import METRICS
-from experiments.job.results import write_atomically
+from experiments.job.results import write_file
 from experiments.report.charts import chart, describe
 from experiments.report.colours import INK_ON_DARK, INK_ON_LIGHT
 from experiments.report.examples import Example
@@ -71,7 +71,7 @@ def write_report(
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
-    return write_atomically(Path(out_dir) / "report.html", document)
+    return write_file(Path(out_dir) / "report.html", document)
 
 
 def _summary(results: Mapping[str, Any]) -> str:

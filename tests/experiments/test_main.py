@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,18 @@ from absl import flags
 from PIL import Image
 from safetensors.numpy import save_file
 
-from experiments import coco, integer_check
+from ahcptq_jax.flags import define_flags, values, with_flag_files
+from experiments import coco, evaluate, integer_check
 from experiments import main as main_job
+from experiments.job import plan
+from experiments.job import run as one_run
 from experiments.job.command import finish
 from experiments.job.options import Options
+from experiments.job.summary import summary
 from hwcost.counts.codes import histograms
 from hwcost.study.options import Options as HwcostOptions
 from sam_flax import CONFIGS
+from sam_flax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -84,17 +88,17 @@ def test_a_saved_artefact_scores_the_same_without_calibration(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("calibrated although an artefact was given")
 
-    monkeypatch.setattr(main_job, "quantize_model", never)
-    monkeypatch.setattr(main_job, "calibration_set", never)
+    monkeypatch.setattr(one_run, "quantize_model", never)
+    monkeypatch.setattr(plan, "calibration_set", never)
     artefact = str(job[0] / "quantized.safetensors")
     # Its bits are the file's, not the flags'.
     options = Options(artefact=artefact, w_bits=8, num_scenes=4, blank=False, out=str(tmp_path))
-    results, first = main_job.run(options), json.loads((job[0] / "results.json").read_text())
+    results, first = one_run.run(options), json.loads((job[0] / "results.json").read_text())
     for key in ("quantized", "agreement_mIoU", "bytes", "quant_config"):
         assert json.loads(json.dumps(results[key])) == first[key]
     assert results["config"]["w_bits"] == 4 and "W4A4 artefact" in (tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match="another model"), pytest.warns(UserWarning, match="heads"):
-        main_job.run(Options(artefact=artefact, checkpoint=str(DATA / "sam_tiny_s0.pth"), out=str(tmp_path / "b")))
+        one_run.run(Options(artefact=artefact, checkpoint=str(DATA / "sam_tiny_s0.pth"), out=str(tmp_path / "b")))
     assert not (tmp_path / "b").exists()
 
 
@@ -119,26 +123,17 @@ def test_a_killed_job_ends_the_same(tmp_path: Path) -> None:
     assert whole["quantized"] == killed["quantized"]
 
 
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Options]:
-    """Arguments -> options, as the command makes them, with a flag registry of its own."""
-
-    def parse(*arguments: str) -> Options:
-        values = flags.FlagValues()
-        with monkeypatch.context() as patch:
-            for name in ("DEFINE_string", "DEFINE_integer", "DEFINE_float", "DEFINE_bool", "DEFINE_enum"):
-                patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=values))
-            patch.setattr(flags, "FLAGS", values)
-            main_job.define_flags()
-            values(["main", *arguments])
-            return main_job.options_from_flags()
-
-    return parse
+def parsed(*arguments: str) -> Options:
+    """Arguments -> options, as the command makes them, with a registry of flags of its own."""
+    found = flags.FlagValues()
+    define_flags(Options, flag_values=found)
+    found(with_flag_files(["main", *arguments]))
+    return Options(**values(Options, found))
 
 
-def test_resolved_flags_repeat_the_run(job: tuple[Path, str], parsed: Callable[..., Options]) -> None:
+def test_resolved_flags_repeat_the_run(job: tuple[Path, str]) -> None:
     options = parsed(f"--flagfile={job[0] / 'flags.txt'}")
-    assert dataclasses.asdict(options) == json.loads((job[0] / "results.json").read_text())["config"]
+    assert options.given() == json.loads((job[0] / "results.json").read_text())["config"]
     assert (options.method, options.w_bits, options.num_scenes, options.iterations) == ("ahcptq", 4, 4, 2)
 
 
@@ -154,15 +149,15 @@ def test_integer_inference_finds_the_same_codes(job: tuple[Path, str]) -> None:
 
 def test_a_harder_model_scores_the_same(job: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, Any]] = []
-    make_harder = main_job.make_harder
+    make_harder = plan.make_harder
 
     def noting(params: Any, *arguments: Any) -> Any:
         made.append((params, make_harder(params, *arguments)))
         return made[-1][1]
 
-    monkeypatch.setattr(main_job, "make_harder", noting)
+    monkeypatch.setattr(plan, "make_harder", noting)
     options = Options(method="fp", harder=1.0, num_scenes=4, blank=False, out=str(tmp_path))
-    found = main_job.run(options, with_report=False)["fp"]
+    found = one_run.run(options, with_report=False)["fp"]
     ((before, after),) = made
     bias = ("image_encoder", "blocks_0", "norm1", "bias")
     spreads = [float(np.abs(functools.reduce(lambda node, name: node[name], bias, p)).max()) for p in (before, after)]
@@ -260,7 +255,7 @@ def test_bad_input_gets_one_sentence(given: dict[str, Any], part: str, folder: P
     fields = {k: v.format(d=folder) if isinstance(v, str) else v for k, v in given.items()}
     fields.setdefault("out", str(tmp_path / "out"))
     with pytest.raises((ValueError, OSError)) as caught:
-        main_job.run(Options(**{"num_scenes": 1, **fields}))
+        one_run.run(Options(**{"num_scenes": 1, **fields}))
     sentence = str(caught.value)
     print(sentence.replace(str(folder), "DIR"))
     assert part in sentence and "\n" not in sentence.strip() and len(sentence) > 30
@@ -272,10 +267,10 @@ def test_scenes_to_choose_by_are_neither_those_of_results_nor_of_calibration() -
     config = CONFIGS["mini"]
 
     def images(scenes: str) -> list[bytes]:
-        dataset = main_job.evaluation_set(Options(scenes=scenes, num_scenes=4), config)
+        dataset = plan.evaluation_set(Options(scenes=scenes, num_scenes=4), config)
         return [image.tobytes() for _, image in coco.stream_images(dataset, dataset.items)]
 
-    calibration = [image.tobytes() for image, _ in main_job.calibration_set(Options(num_calib=4), config)]
+    calibration = [image.tobytes() for image, _ in plan.calibration_set(Options(num_calib=4), config)]
     assert len({*images("val"), *images("train"), *calibration}) == 12
 
 
@@ -293,9 +288,9 @@ def test_unusable_flags_end_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--method=magic", "--bits=4", "--w_bits=four", "--flagfile=none.flags"])
-def test_unusable_flags_are_refused_by_name(flag: str, parsed: Callable[..., Options]) -> None:
+def test_unusable_flags_are_refused_by_name(flag: str) -> None:
     """With what `absl.app.run` ends a command by itself, as above."""
-    with pytest.raises(flags.Error, match=flag.lstrip("-").split("=")[0]):
+    with pytest.raises((flags.Error, InputError), match=flag.lstrip("-").split("=")[0]):
         parsed(flag)
 
 
@@ -330,17 +325,17 @@ def test_inputs_are_checked_before_the_model_runs(
     def too_late(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a long stage began before all inputs were read")
 
-    monkeypatch.setattr(main_job.evaluate, "evaluate", too_late)
-    monkeypatch.setattr(main_job, "quantize_model", too_late)
+    monkeypatch.setattr(evaluate, "evaluate", too_late)
+    monkeypatch.setattr(one_run, "quantize_model", too_late)
     for name in ("short.json", "absent.json"):
         for kind in ("", "calib_"):
             fields: dict[str, Any] = {f"{kind}images": str(folder), f"{kind}annotations": str(folder / name)}
             with pytest.raises((ValueError, FileNotFoundError)):
-                main_job.run(Options(**fields, num_scenes=1, num_calib=1, out=str(tmp_path / "out")))
+                one_run.run(Options(**fields, num_scenes=1, num_calib=1, out=str(tmp_path / "out")))
     # The folder cannot be made: not even the weights are read.
-    monkeypatch.setattr(main_job, "load_sam", too_late)
+    monkeypatch.setattr(plan, "load_sam", too_late)
     with pytest.raises(ValueError, match="--out"):
-        main_job.run(Options(out=str(folder / "a.jpg" / "out")))
+        one_run.run(Options(out=str(folder / "a.jpg" / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -348,11 +343,11 @@ def test_the_float_model_alone(tmp_path: Path) -> None:
     options = Options(checkpoint=str(DATA / "sam_tiny_s0.pth"), method="fp", num_scenes=2, out=str(tmp_path))
     # Its random weights find nothing; what counts is that all of it is written, and nothing else.
     with pytest.warns(UserWarning, match="heads"):
-        results = main_job.run(options)
+        results = one_run.run(options)
     assert METRICS <= results["fp"].keys() and "quantized" not in results
     assert set(results["bytes"]) == {"fp32"} and "evaluate_fp" in results["seconds"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["flags.txt", "report.html", "results.json"]
-    assert "fp" in main_job.summary(results) and "bytes:" not in main_job.summary(results)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flags.txt", "log.jsonl", "report.html", "results.json"]
+    assert "fp" in summary(results) and "bytes:" not in summary(results)
     assert "floating point" in (tmp_path / "report.html").read_text()
 
 
@@ -368,5 +363,5 @@ def test_real_photographs(tmp_path: Path) -> None:
         num_calib=2,
         out=str(tmp_path),
     )
-    results = main_job.run(options)
+    results = one_run.run(options)
     assert METRICS <= results["quantized"].keys() and results["agreement_mIoU"] > 0.3

@@ -67,23 +67,23 @@ def test_a_setting_given_twice_is_run_once() -> None:
 @pytest.mark.parametrize(
     ("methods", "bits", "message"),
     [
-        ("minmax,minmax+group_metric=none", "44", "ask for minmax.group_metric=none_w4a4: group_metric"),
-        ("minmax,minmax+granularity=none", "44", "--granularity=none is unknown"),
-        ("minmax,minmax+harder=9", "44", "--harder=9.0 must lie"),
+        ("minmax,minmax+group_metric=none", "44", "ask for minmax.group_metric=none_w4a4: --group_metric"),
+        ("minmax,minmax+granularity=none", "44", "--granularity='none' is unknown"),
+        ("minmax,minmax+harder=9", "44", "--harder=9.0 must be"),
         ("minmax", "44,99", "ask for minmax_w9a9"),
     ],
 )
 def test_nothing_runs_if_one_setting_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: str, bits: str, message: str
 ) -> None:
-    monkeypatch.setattr(sweep.main_job, "run", lambda *_, **__: pytest.fail("a run was started"))
+    monkeypatch.setattr(sweep.one_run, "run", lambda *_, **__: pytest.fail("a run was started"))
     with pytest.raises(ValueError, match=message):
         sweep.sweep(Options(), sweep.parse_settings(methods, bits), 1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_unwritable_records_are_found_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep.main_job, "run", lambda *_, **__: pytest.fail("a run was started"))
+    monkeypatch.setattr(sweep.one_run, "run", lambda *_, **__: pytest.fail("a run was started"))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--records=.*cannot be written"):
         settings = sweep.parse_settings("minmax", "44")
@@ -104,13 +104,15 @@ def test_a_run_without_ap_is_shown() -> None:
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
 
-    def run(options: Options, journal: Path, cache: StatisticsCache, with_report: bool) -> dict[str, Any]:
+    def run(
+        options: Options, journal: Path, cache: StatisticsCache, with_report: bool, verbosity: int
+    ) -> dict[str, Any]:
         calls.append((options.method, options.seed))
         assert not with_report
         metrics = dict.fromkeys(sweep.COLUMNS[:7], 50.0 + options.seed) | {"APl": None, "APs": 0.86, "mIoU": 0.5}
         return {"fp": metrics, "quantized": metrics, "agreement_mIoU": 0.9, "model": options.model_name(), "units": []}
 
-    monkeypatch.setattr(sweep.main_job, "run", run)
+    monkeypatch.setattr(sweep.one_run, "run", run)
     settings = sweep.parse_settings("ahcptq,minmax", "44")
     first = sweep.sweep(Options(), settings, 2, tmp_path)
     assert calls == [("ahcptq", 0), ("minmax", 0), ("ahcptq", 1), ("minmax", 1)], "a seed's calibration is shared"
@@ -180,12 +182,14 @@ def test_kept_records_are_the_tables_of_the_readme(
     name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The README's commands print its tables from `results/` without a run."""
-    monkeypatch.setattr(sweep.main_job, "run", lambda options, **_: pytest.fail(f"no record of {options}"))
+    monkeypatch.setattr(sweep.one_run, "run", lambda options, **_: pytest.fail(f"no record of {options}"))
     methods = "ahcptq,ptq4sam_l,qdrop,brecq,adaround,ptq4sam_s,percentile,omse,minmax"
     settings = sweep.parse_settings(methods, "44,55,66")
     options = Options(iterations=200, blank=False, **changes)
     printed = sweep.sweep(options, settings, 3, tmp_path, ROOT / "results" / f"{name}.jsonl")
-    by_bits = printed.partition("\n\n")[2]
+    # They were made before records kept the version of their code, which is said and not silent.
+    stale, _, by_bits = printed.split("\n\n")
+    assert stale.startswith("rows of other code: 81 of 81 (made by an earlier version; this is ")
     assert by_bits.count("\n") == 12 and by_bits.strip() in (ROOT / "README.md").read_text()
 
 

@@ -10,7 +10,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import numpy as np
-from experiments.allocator import keep_pages
+from experiments.job.allocator import keep_pages
 
 if sys.argv[1] == "keep":
     assert keep_pages()

@@ -21,14 +21,15 @@ SCRIPT = """
 import json
 import sys
 import jax, numpy as np
-from ahcptq_jax import calibrate
+from ahcptq_jax.api import quantize
+from ahcptq_jax.calibration import passes
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.quantize import quantize
-from experiments import coco, devices, evaluate
+from experiments import coco, evaluate
 from experiments.evaluate.journal import to_record
-from experiments.scenes import scene_dataset, to_coco
+from experiments.job import devices
+from experiments.scenes.scenes import scene_dataset, to_coco
 from sam_flax import Sam, SamModel, SamPredictor
-from sam_flax.convert import convert
+from sam_flax.files.convert import convert
 
 out, coordinator, processes, process = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 devices.connect(coordinator, processes, process)
@@ -47,8 +48,8 @@ if sys.argv[5:] == ["quantized"]:
     minmax = QuantConfig(hluq=False, cag=False, big=False, agq=False, weight_search=False)
     # The images pass from device to device; then once more, all on one.
     models["quantized"] = quantize(params, images[:3], minmax, sam=model.sam)
-    found["stages"] = [str(device) for device in calibrate.stage_devices(3)]
-    calibrate.stage_devices = lambda stages: [None] * stages
+    found["stages"] = [str(device) for device in passes.stage_devices(3)]
+    passes.stage_devices = lambda stages: [None] * stages
     leaves, single = map(jax.tree.leaves, (models["quantized"], quantize(params, images[:3], minmax, sam=model.sam)))
     found["calibration"] = len(leaves), sum(np.array_equal(a, b) for a, b in zip(leaves, single, strict=True))
 for name, model in models.items():
@@ -125,7 +126,7 @@ def test_shares_cover_the_images_once(count: int) -> None:
 
 def test_records_survive_the_exchange() -> None:
     record = {"image_id": 3, "counts": ["ab"], "predicted_iou": [float(np.float32(0.1)), 1 / 3]}
-    assert devices.gather({3: record}) == {3: record}
+    assert devices.from_all_processes({3: record}) == {3: record}
 
 
 @pytest.mark.parametrize(

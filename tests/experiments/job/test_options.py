@@ -6,9 +6,11 @@ import pytest
 from absl import flags
 
 from ahcptq_jax import METHODS
-from experiments.job import options as module
-from experiments.job.options import Options
-from experiments.main import _flag_lines
+from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.flags import as_lines, define_flags, values, with_flag_files
+from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.settings import settings_of
+from experiments.job.options import Options, switches
 
 
 @pytest.mark.parametrize(
@@ -17,21 +19,21 @@ from experiments.main import _flag_lines
         ({"images": "a"}, "--images and --annotations belong together"),
         ({"annotations": "a"}, "--images and --annotations belong together"),
         ({"calib_images": "a"}, "--calib_images and --calib_annotations belong together"),
-        ({"scenes": "test"}, "--scenes=test is unknown; choose one of val, train"),
-        ({"granularity": "layer"}, "--granularity=layer is unknown; choose one of"),
-        ({"precision": "int3"}, "--precision=int3 is unknown; choose one of float32, tensorfloat32, bfloat16"),
-        ({"method": "magic"}, "--method=magic is unknown; choose one of fp, minmax"),
+        ({"scenes": "test"}, "--scenes='test' is unknown; choose one of val, train"),
+        ({"granularity": "layer"}, "--granularity='layer' is unknown; choose one of"),
+        ({"precision": "int3"}, "--precision='int3' is unknown; choose one of float32, tensorfloat32, bfloat16"),
+        ({"method": "magic"}, "--method='magic' is unknown; choose one of fp, minmax"),
         ({"num_calib": 0}, "--num_calib=0 must be at least 1"),
-        ({"num_scenes": -3}, "--num_scenes=-3 must be at least 1"),
+        ({"num_scenes": -3}, "--num_scenes=-3 must be a number from 1"),
         ({"limit": -1}, "--limit=-1 must be at least 0"),
-        ({"seed": -1}, "--seed=-1 must be at least 0"),
+        ({"seed": -1}, "--seed=-1 must be a number from 0"),
         ({"seed": 2**40}, "seed=1099511627776 must be a number from 0"),
         ({"w_bits": 9}, "w_bits=9 must be a width from 2 to 8"),
         ({"a_bits": 1}, "a_bits=1 must be a width from 2 to 8"),
         ({"groups": -1}, "groups=-1 must be 0"),
         ({"iterations": -1}, "--iterations=-1 must be at least 0"),
         ({"iterations": 5, "scale_rate": -1.0}, "scale_rate=-1.0 must be a finite number"),
-        ({"harder": 5.0}, "--harder=5.0 must lie in 0..4"),
+        ({"harder": 5.0}, "--harder=5.0 must be a number from 0 to 4"),
         ({"boxes": "detections.json"}, "--boxes=detections.json names a detector's results, which need the --images"),
         ({"boxes": ""}, "--boxes is empty; leave it out for 'gt'"),
         ({"checkpoint": ""}, "--checkpoint is empty; leave it out for 'mini'"),
@@ -63,51 +65,61 @@ def test_methods_that_learn():
     assert config.activation_drop == 0
 
 
+def test_every_setting_of_both_configurations_is_a_flag_and_a_switch_as_it_is_declared():
+    """A new switch is one field: nothing here or in the commands repeats it."""
+    own = settings_of(Options)
+    for record in (QuantConfig, ReconstructionConfig):
+        for name, known in settings_of(record).items():
+            if not known.sweep or known.type is tuple or name in ("w_bits", "a_bits", "iterations"):
+                continue
+            assert (own[name].type, own[name].choices, own[name].check) == (known.type, known.choices, known.check)
+            assert own[name].default is None and own[name].help.startswith(known.help)
+            assert name in switches()
+    assert not {"w_bits", "a_bits", "seed", "out", "method"} & switches().keys(), "those have flags of the sweep"
+
+
+def test_needless_overrides_are_left_out_of_a_record():
+    plain = Options(method="brecq", iterations=3)
+    assert dataclasses.replace(plain, hluq=False, groups=4, granularity="part").without_needless() == plain
+    assert dataclasses.replace(plain, hluq=True).without_needless() != plain
+    # Without iterations nothing is learned, however it would be.
+    still = Options(method="brecq")
+    assert dataclasses.replace(still, granularity="block", loss_power=3.0).without_needless() == still
+
+
 def test_every_method_has_a_configuration():
     for method in METHODS:
         Options(method=method).quant_config()
 
 
-@pytest.fixture
-def parsed(monkeypatch):
-    """Parses arguments with a flag registry of its own."""
-
-    def parse(*arguments):
-        values = flags.FlagValues()
-        for name in ("DEFINE_string", "DEFINE_integer", "DEFINE_float", "DEFINE_bool", "DEFINE_enum"):
-            original = getattr(flags, name)
-            monkeypatch.setattr(flags, name, lambda *args, _original=original: _original(*args, flag_values=values))
-        monkeypatch.setattr(flags, "FLAGS", values)
-        module.define_flags()
-        monkeypatch.undo()
-        values(["main", *arguments])
-        monkeypatch.setattr(flags, "FLAGS", values)
-        return module.options_from_flags()
-
-    return parse
+def parsed(*arguments: str) -> Options:
+    """Arguments as the commands make them, with a registry of flags of its own."""
+    found = flags.FlagValues()
+    define_flags(Options, flag_values=found)
+    found(with_flag_files(["main", *arguments]))
+    return Options(**values(Options, found))
 
 
-def test_flags_are_the_fields_with_their_defaults(parsed):
+def test_flags_are_the_fields_with_their_defaults():
     assert parsed() == Options()
 
 
-def test_resolved_flags_give_the_same_options_again(parsed, tmp_path):
+def test_resolved_flags_give_the_same_options_again(tmp_path):
     options = Options(method="ptq4sam_s", w_bits=5, hluq=True, blank=False, groups=0, out=str(tmp_path), seed=7)
     path = tmp_path / "flags.txt"
-    path.write_text(_flag_lines(options))
-    lines = [line for line in path.read_text().splitlines() if line]
-    assert parsed(*lines) == options
+    path.write_text(as_lines(options))
+    assert parsed(f"--flagfile={path}") == options
+    lines = path.read_text().splitlines()
     assert {line.removeprefix("--").partition("=")[0] for line in lines} <= {
         field.name for field in dataclasses.fields(Options)
     }
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
-def test_the_flagfiles_at_the_root_say_what_their_names_say(parsed, pytestconfig, bits):
+def test_the_flagfiles_at_the_root_say_what_their_names_say(pytestconfig, bits):
     path = pytestconfig.rootpath / f"w{bits}a{bits}.flags"
     lines = path.read_text().splitlines()
-    given = [line for line in lines if line.startswith("--")]
-    options = parsed(*given)
+    options = parsed(f"--flagfile={path}")
     assert (options.w_bits, options.a_bits, options.method) == (bits, bits, "ahcptq")
     assert (options.num_calib, options.checkpoint) == (32, "mini")
     # A comment above every flag.
