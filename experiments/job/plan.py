@@ -117,7 +117,7 @@ def load_model(options: Options) -> tuple[Sam, Params]:
         )
     try:
         sam, params = load_sam(options.checkpoint, decoder_num_heads=options.decoder_num_heads)
-    except InputError as error:
+    except ValueError as error:
         raise InputError(as_flags(str(error))) from error
     colours: dict[str, Any] = options.colours()
     if colours:
@@ -134,7 +134,10 @@ def as_flags(sentence: str) -> str:
 def _load_artefact(path: str, config: SamConfig) -> Quantized:
     if _file_format(path) == "sam_flax":
         raise InputError(f"--artefact={path} is a floating-point SAM; give it with --checkpoint.")
-    return ahcptq_jax.load(path, config)
+    try:
+        return ahcptq_jax.load(path, config)
+    except ValueError as error:
+        raise InputError(as_flags(str(error))) from error
 
 
 def _file_format(path: str) -> str | None:
