@@ -61,7 +61,7 @@ class Stages:
         spent = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
         memory = peak_memory()
-        self.say(f"{name}: {spent:.1f} s, peak " + ", ".join(f"{v / 2**20:,.0f} MiB {k}" for k, v in memory.items()))
+        self.say(f"{name}: {spent:.1f} s, peak " + ", ".join(f"{k} {v / 2**20:,.0f} MiB" for k, v in memory.items()))
         self._log({"stage": name, "seconds": round(spent, 3), "peak_bytes": memory})
 
     def _log(self, record: dict[str, Any]) -> None:
