@@ -21,15 +21,15 @@ import numpy as np
 from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
 from ahcptq_jax.calibration import saved_state
 from ahcptq_jax.calibration.cache import Observed, StatisticsCache
-from ahcptq_jax.calibration.statistics import draws_queries, finalize, init_statistics, update_statistics
+from ahcptq_jax.calibration.statistics import SiteRule, finalize, init_statistics, relevant, update_statistics
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Quantizer
-from ahcptq_jax.recipe import BIMODAL_ATTENTION, Kind, site_kind
+from ahcptq_jax.recipe import BIMODAL_ATTENTION, site_kind
 from ahcptq_jax.transforms import bimodal
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params, Sam, call, encoder_stages
 
-Sites = tuple[tuple[str, Kind], ...]  # (path, kind), hashable: a static argument
+Sites = tuple[SiteRule, ...]
 Run = Callable[[Params, Any], Any]
 
 
@@ -58,25 +58,10 @@ def observe(
         output = run(params, inputs)
     keys = jax.random.split(key, len(sites))
     updated = {
-        path: update_statistics(statistics[path], path, kind, captured, params, k, config)
-        for (path, kind), k in zip(sites, keys, strict=True)
+        rule.path: update_statistics(statistics[rule.path], rule, captured, params, k, config)
+        for rule, k in zip(sites, keys, strict=True)
     }
     return output, updated
-
-
-def _relevant(config: QuantConfig, sites: Sites) -> QuantConfig:
-    """The part of the configuration that these statistics depend on: the rest shall not cost a compilation."""
-    kinds = {kind for _, kind in sites}
-    needed: list[str] = []
-    if "uniform" in kinds:
-        needed.append("act_range")
-    if kinds & {"hybrid", "log2"} or ("uniform" in kinds and config.act_range != "minmax"):
-        needed.append("a_bits")
-    if "hybrid" in kinds:
-        needed += ["hluq_fine", "hluq_reach_maximum", "hluq_rows"]
-    if any(path.endswith("/softmax") and draws_queries(kind, config) for path, kind in sites):
-        needed.append("softmax_rows")
-    return QuantConfig(**{name: getattr(config, name) for name in needed})
 
 
 def discover(run: Run, params: Params, inputs: Any, prefix: str, config: QuantConfig) -> tuple[Sites, dict[str, Any]]:
@@ -92,8 +77,8 @@ def discover(run: Run, params: Params, inputs: Any, prefix: str, config: QuantCo
         # A new function every time: JAX caches traces of equal functions, and a cached one calls no site.
         jax.eval_shape(lambda params, inputs: run(params, inputs), params, inputs)
     kinds = ((path, site_kind(prefix + path, config)) for path in sorted(shapes))
-    sites = tuple((path, kind) for path, kind in kinds if kind is not None)
-    return sites, {path: init_statistics(kind, shapes[path], config) for path, kind in sites}
+    sites = tuple(SiteRule(path, kind, config.a_bits) for path, kind in kinds if kind is not None)
+    return sites, {rule.path: init_statistics(rule, shapes[rule.path], config) for rule in sites}
 
 
 class _ApplyStage:
@@ -201,9 +186,10 @@ def observe_encoder(
     statistics: dict[str, dict[str, Any]] = {}
     for stage, run in stages:
         sites[stage], statistics[stage] = discover(run, encoder[stage], tokens, f"image_encoder/{stage}/", config)
-    relevant = {stage: _relevant(config, of_stage) for stage, of_stage in sites.items()}
+    # What observes a stage: the part of its rules and settings that its statistics depend on.
+    observers = {stage: relevant(of_stage, config) for stage, of_stage in sites.items()}
     embeddings: list[np.ndarray] = []
-    whole = ("encoder", *sites.items(), *relevant.items())
+    whole = ("encoder", *observers.items())
     if (known := cache.passes.get(whole)) is not None:
         statistics, embeddings = known.statistics, list(known.embeddings)
     elif saved is not None:
@@ -233,8 +219,8 @@ def observe_encoder(
                 statistics[stage],
                 _put(x, places[stage]),
                 _put(key, places[stage]),
-                sites=sites[stage],
-                config=relevant[stage],
+                sites=observers[stage][0],
+                config=observers[stage][1],
             )
         under_way.append((x, dict(statistics)))
         if len(under_way) >= len(set(places.values())):
@@ -244,9 +230,13 @@ def observe_encoder(
     if None not in places.values():
         statistics = jax.tree.map(jnp.asarray, jax.device_get(statistics))
     cache.passes[whole] = Observed(statistics, embeddings)
-    found = [(f"image_encoder/{stage}/{path}", stage, path, kind) for stage in sites for path, kind in sites[stage]]
-    kinds = {full: kind for full, _, _, kind in found}
-    quantizers = finalize({full: statistics[stage][path] for full, stage, path, _ in found}, kinds, config)
+    states: dict[str, Any] = {}
+    rules: list[SiteRule] = []
+    for stage, of_stage in sites.items():
+        for rule in of_stage:
+            rules.append(rule._replace(path=f"image_encoder/{stage}/{rule.path}"))
+            states[rules[-1].path] = statistics[stage][rule.path]
+    quantizers = finalize(states, rules, config)
     return quantizers, embeddings
 
 
@@ -318,17 +308,18 @@ def observe_decoder(
     run = _decode_run(sam)
     sites: Sites = ()
     statistics: dict[str, Any] = {}
-    relevant, whole = config, None
+    observer: tuple[Sites, QuantConfig] = ((), config)
+    whole = None
     for index, (embedding, boxes) in enumerate(zip(embeddings, prompts, strict=True)):
         inputs = _decoder_inputs(embedding, boxes)
         if not sites:
             sites, statistics = discover(run, decoder, inputs, "", config)
-            relevant = _relevant(config, sites)
+            observer = relevant(sites, config)
             # BIG changes the parameters, and the encoder's pass the last bits of the embeddings.
-            whole = ("decoder", saved_state.fingerprint(decoder, embeddings), sites, relevant)
+            whole = ("decoder", saved_state.fingerprint(decoder, embeddings), observer)
             if (known := cache.passes.get(whole)) is not None:
-                return finalize(known.statistics, dict(sites), config)
+                return finalize(known.statistics, sites, config)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
-        _, statistics = observe(run, decoder, statistics, inputs, key, sites=sites, config=relevant)
+        _, statistics = observe(run, decoder, statistics, inputs, key, sites=observer[0], config=observer[1])
     cache.passes[whole] = Observed(statistics, [])
-    return finalize(statistics, dict(sites), config)
+    return finalize(statistics, sites, config)

@@ -1,36 +1,52 @@
-"""The statistics of one quantized site: what its kind keeps of a batch, and the quantizer that comes of it."""
+"""The statistics of quantized sites: what each one's kind is shown of a batch, and the quantizers that come of it."""
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.quantizers import Grouped, Quantizer, Uniform, searches
-from ahcptq_jax.quantizers.searches import grouping
-from ahcptq_jax.quantizers.searches import percentile as percentiles
-from ahcptq_jax.recipe import Kind
+from ahcptq_jax.quantizers import Quantizer
+from ahcptq_jax.quantizers.kinds import Observation, kind_named
+from ahcptq_jax.quantizers.searches.batches import draw_rows
 from sam_flax.encoders.vit import attention_probabilities
 from sam_flax.sam import Params
 
-# Of `hluq_fine`.
-FINE_RANGE_RATES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
-FINE_GRID_RATES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8)
+
+class SiteRule(NamedTuple):
+    """What a site is quantized to. Hashable: part of a static argument of `jax.jit`.
+
+    Attributes:
+        path: of the site.
+        kind: name of the quantizer kind.
+        bits: width of its codes.
+    """
+
+    path: str
+    kind: str
+    bits: int
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is the softmax of an attention."""
+        return self.path.endswith("/softmax")
 
 
-def draw_rows(available: int, rows: int, key: jax.Array) -> jax.Array | None:
-    """`rows` of `available` rows (rows,), in order; None if that is all of them, or `rows` is 0."""
-    if not 0 < rows < available:
-        return None
-    return jnp.sort(jax.random.choice(key, available, (rows,), replace=False))
+def relevant(rules: Iterable[SiteRule], settings: QuantConfig) -> tuple[tuple[SiteRule, ...], QuantConfig]:
+    """The rules and settings with defaults for all that their statistics do not depend on.
 
-
-def draws_queries(kind: Kind, config: QuantConfig) -> bool:
-    """Whether a softmax's statistics are of drawn queries. A plain minimum and maximum leaves none out."""
-    return kind != "uniform" or config.act_range != "minmax"
+    They are the key of a compilation and of a pass over the images, so that runs which differ in nothing that a
+    statistic reads share both.
+    """
+    default, kept, needed = QuantConfig(), [], set()
+    for rule in rules:
+        names = kind_named(rule.kind).statistic.depends_on(settings, rule.is_attention)
+        kept.append(rule if "bits" in names else rule._replace(bits=default.a_bits))
+        needed |= {*names} - {"bits"}
+    return tuple(kept), dataclasses.replace(default, **{name: getattr(settings, name) for name in needed})
 
 
 def attention_map(operands: tuple[jax.Array, ...], rows: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -59,97 +75,31 @@ def _kernel_of(params: Params, layer: str) -> jax.Array:
     return node["kernel"]
 
 
-def breakpoints(config: QuantConfig) -> np.ndarray:
-    """HLUQ's candidates (N, 2), see `searches.hybrid_candidates`: the paper's, or a finer grid that has them."""
-    if not config.hluq_fine:
-        return searches.hybrid_candidates(config.a_bits)
-    return searches.hybrid_candidates(config.a_bits, FINE_RANGE_RATES, FINE_GRID_RATES)
-
-
-def _update_uniform(state: Any, x: jax.Array, config: QuantConfig) -> Any:
-    if config.act_range == "percentile":
-        return percentiles.percentile_update(state, x, config.a_bits)
-    if config.act_range == "mse":
-        return searches.uniform_mse_update(state, x, config.a_bits)
-    return searches.range_update(state, x)
-
-
-def init_statistics(kind: Kind, shape: tuple[int, ...], config: QuantConfig) -> Any:
-    """Statistics of a site of this kind and shape before the first batch."""
-    if kind == "hybrid":
-        return searches.hybrid_init(breakpoints(config))
-    if kind == "log2":
-        return searches.softmax_init()
-    if kind == "uniform" and config.act_range == "percentile":
-        return percentiles.percentile_init()
-    return searches.range_init(shape[-1] if kind == "grouped" else None)
+def init_statistics(rule: SiteRule, shape: tuple[int, ...], settings: QuantConfig) -> Any:
+    """Statistics of a site of this shape before the first batch."""
+    return kind_named(rule.kind).statistic.init(shape, rule.bits, settings)
 
 
 def update_statistics(
-    state: Any, path: str, kind: Kind, captured: Mapping[str, Any], params: Params, key: jax.Array, config: QuantConfig
+    state: Any, rule: SiteRule, captured: Mapping[str, Any], params: Params, key: jax.Array, settings: QuantConfig
 ) -> Any:
     """Adds a batch to the statistics of a site; `captured` holds what the sites saw, by path."""
-    bits = config.a_bits
-    if path.endswith("/softmax"):
-        operands = captured[path.removesuffix("softmax") + "operands"]
-        rows = config.softmax_rows if draws_queries(kind, config) else 0
-        probabilities, values = attention_map(operands, rows, key)
-        if kind == "log2":
-            return searches.softmax_update(state, probabilities, values, 2**bits - 1)
-        return _update_uniform(state, probabilities, config)
-    x = captured[path]
-    if kind == "hybrid":
-        kernel = _kernel_of(params, path.removesuffix("/input"))
-        picked = draw_rows(x.size // x.shape[-1], config.hluq_rows, key)
-        return searches.hybrid_update(
-            state, x, kernel, breakpoints(config), bits, config.hluq_reach_maximum, picked=picked
-        )
-    return searches.range_update(state, x) if kind == "grouped" else _update_uniform(state, x, config)
+    if rule.is_attention:
+        operands = captured[rule.path.removesuffix("softmax") + "operands"]
+        observed = Observation(key, attention=lambda queries: attention_map(operands, queries, key))
+    else:
+        layer = rule.path.removesuffix("/input")
+        kernel = _kernel_of(params, layer) if layer != rule.path else None
+        observed = Observation(key, activations=captured[rule.path], kernel=kernel)
+    return kind_named(rule.kind).statistic.update(state, observed, rule.bits, settings)
 
 
-def finalize(statistics: Mapping[str, Any], kinds: Mapping[str, Kind], config: QuantConfig) -> dict[str, Quantizer]:
-    """Statistics by site -> quantizers by site."""
-    bits = config.a_bits
-    candidates = breakpoints(config)
+def finalize(statistics: Mapping[str, Any], rules: Iterable[SiteRule], settings: QuantConfig) -> dict[str, Quantizer]:
+    """Statistics by site -> quantizers by site. All sites of a kind and width are finished in one call."""
+    together: dict[tuple[str, int], dict[str, Any]] = {}
+    for rule in rules:
+        together.setdefault((rule.kind, rule.bits), {})[rule.path] = statistics[rule.path]
     quantizers: dict[str, Quantizer] = {}
-    per_channel: dict[str, Uniform] = {}
-    for path, kind in kinds.items():
-        state = statistics[path]
-        if kind == "hybrid":
-            found = searches.hybrid_finalize(state, candidates, bits, config.hluq_reach_maximum)
-            quantizers[path] = found.quantizer
-        elif kind == "log2":
-            quantizers[path] = searches.softmax_finalize(state, bits)
-        elif isinstance(state, percentiles.PercentileState):
-            quantizers[path] = percentiles.percentile_finalize(state, bits)
-        elif kind == "uniform":
-            quantizers[path] = state.quantizer(bits)
-        else:
-            per_channel[path] = state.quantizer(bits)
-    return quantizers | group_channels(per_channel, config)
-
-
-def group_channels(per_channel: Mapping[str, Uniform], config: QuantConfig) -> dict[str, Quantizer]:
-    """CAG without reconstruction: down the ladder 8G, 4G, 2G, G at once (paper section on CAG).
-
-    All sites of one width are grouped in one call.
-    """
-    grouped: dict[str, Quantizer] = {}
-    by_width: dict[int, list[str]] = {}
-    for path, quantizer in per_channel.items():
-        by_width.setdefault(quantizer.scale.shape[0], []).append(path)
-    for channels, paths in by_width.items():
-        scales, zeros = (
-            jnp.stack([getattr(per_channel[path], name) for path in paths]) for name in ("scale", "zero_point")
-        )
-        if config.groups == 0 or config.groups >= channels:
-            labels = jnp.broadcast_to(jnp.arange(channels), scales.shape)
-        else:
-            scales, zeros, labels = grouping.ladder(scales, zeros, config.groups, config.group_metric, config.a_bits)[
-                -1
-            ]
-        for path, scale, zero, label in zip(
-            paths, np.asarray(scales), np.asarray(zeros), np.asarray(labels), strict=True
-        ):
-            grouped[path] = Grouped(jnp.asarray(scale), jnp.asarray(zero), jnp.asarray(label), config.a_bits)
-    return grouped
+    for (kind, bits), states in together.items():
+        quantizers |= kind_named(kind).statistic.finalize(states, bits, settings)
+    return quantizers

@@ -40,7 +40,8 @@ import numpy as np
 
 from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform, packing
+from ahcptq_jax.quantizers import Quantizer, Uniform, packing
+from ahcptq_jax.quantizers.kinds import Kind, kind_named, kind_names, kind_of
 from ahcptq_jax.recipe import RULES
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from sam_flax.config import SamConfig
@@ -56,24 +57,10 @@ VERSION = 1
 
 Remainder = Literal["fp16", "fp32"]
 REMAINDERS: dict[str, type] = {"fp16": np.float16, "fp32": np.float32}
-KINDS: dict[str, type[Quantizer]] = {"uniform": Uniform, "grouped": Grouped, "log2": Log2, "hybrid": Hybrid}
-# Rows of `activations/<site>`; the labels of a grouped quantizer are a tensor of their own.
-FIELDS: dict[str, tuple[str, ...]] = {
-    "uniform": ("scale", "zero_point"),
-    "grouped": ("scale", "zero_point"),
-    "log2": ("scale", "tau"),
-    "hybrid": ("minimum", "scale_log", "scale_uniform", "log_levels"),
-}
-
 _DIGEST = re.compile(rb'"header_sha256":"([0-9a-f]{64})"')
 _NO_DIGEST = "0" * 64
 _DTYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "U16": np.uint16}
 _REMEDY = "save it again with Quantized.save, or copy it again"
-
-
-def kind_of(quantizer: Quantizer) -> str:
-    """The key of `KINDS` that a quantizer is of."""
-    return next(name for name, cls in KINDS.items() if isinstance(quantizer, cls))
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -104,11 +91,12 @@ def tensors_of(quantized: Quantized, remainder: Remainder = "fp16") -> dict[str,
         tensors[f"weights/{layer}/zero_point"] = np.asarray(weight.zero_point).astype(np.uint8)
     for site, quantizer in quantized.activations.items():
         _check(f"Quantizer {site}", quantizer)
-        rows = [np.asarray(getattr(quantizer, name), np.float32) for name in FIELDS[kind_of(quantizer)]]
+        kind = kind_of(quantizer)
+        rows = [np.asarray(getattr(quantizer, name), np.float32) for name in kind.fields]
         tensors[f"activations/{site}"] = np.stack(np.broadcast_arrays(*rows))
-        if isinstance(quantizer, Grouped):
-            dtype = np.uint8 if np.size(quantizer.scale) <= 256 else np.uint16
-            tensors[f"activations/{site}/groups"] = np.asarray(quantizer.groups).astype(dtype)
+        for name in kind.channel_fields:
+            values = np.asarray(getattr(quantizer, name))
+            tensors[f"activations/{site}/{name}"] = values.astype(np.uint8 if values.max() < 256 else np.uint16)
     # Wide types first, so that every tensor starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     return {name: np.ascontiguousarray(tensors[name]) for name in order}
@@ -137,7 +125,7 @@ def header_bytes(quantized: Quantized, tensors: Mapping[str, np.ndarray], checks
         "sam_config": quantized.config.to_dict(),
         "quant_config": dataclasses.asdict(quantized.quant_config),
         "weights": {k: {"bits": w.bits, "shape": list(w.shape)} for k, w in sorted(quantized.weights.items())},
-        "activations": {k: {"kind": kind_of(a), "bits": a.bits} for k, a in sorted(quantized.activations.items())},
+        "activations": {k: {"kind": kind_of(a).name, "bits": a.bits} for k, a in sorted(quantized.activations.items())},
         "sha256": digests,
     }
     text: dict[str, str] = {k: v if isinstance(v, str) else _json(v) for k, v in metadata.items()}
@@ -321,24 +309,28 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
         assert shape is not None
         zero_point = take(f"weights/{layer}/zero_point", shape[-1:], np.uint8).astype(np.float32)
         scale = take(f"weights/{layer}/scale", shape[-1:], np.float32)
-        _sound(layer, Uniform, shape[-1], scale=scale, zero_point=zero_point, bits=bits)
+        _sound(layer, kind_named("uniform"), shape[-1], scale=scale, zero_point=zero_point, bits=bits)
         packed = take(f"weights/{layer}/codes", (packing.packed_size(math.prod(shape), bits),), np.uint8)
         weights[layer] = QuantizedWeight(jnp.asarray(packed), jnp.asarray(scale), jnp.asarray(zero_point), shape, bits)
 
     activations: dict[str, Quantizer] = {}
     for site, static in _parse(metadata.get("activations")).items():
-        kind, bits = (static.get("kind"), static.get("bits")) if isinstance(static, dict) else (None, None)
-        if site not in sites or kind not in list(KINDS) or type(bits) is not int:
+        name, bits = (static.get("kind"), static.get("bits")) if isinstance(static, dict) else (None, None)
+        if site not in sites or type(name) is not str or type(bits) is not int:
             raise _Refused(f"describes a quantizer {shown(site)} that its model does not have; {_REMEDY}")
-        channels, rows = sites[site], take(f"activations/{site}", None, np.float32)
-        if rows.ndim not in (1, 2) or len(rows) != len(FIELDS[kind]) or (channels is None and rows[0].size != 1):
+        if name not in kind_names():
+            raise _Refused(f"has a quantizer of the unknown kind {shown(name)}; register it, or update the package")
+        kind, channels = kind_named(name), sites[site]
+        rows = take(f"activations/{site}", None, np.float32)
+        if rows.ndim not in (1, 2) or len(rows) != len(kind.fields) or (channels is None and rows[0].size != 1):
             raise _Refused(f"does not hold the quantizer {shown(site)} as its metadata describes it; {_REMEDY}")
-        fields: dict[str, Any] = dict(zip(FIELDS[kind], rows, strict=True))
-        if kind == "grouped":
+        fields: dict[str, Any] = dict(zip(kind.fields, rows, strict=True))
+        for field in kind.channel_fields:
             if channels is None:
-                raise _Refused(f"groups the channels of {shown(site)}, which has none; {_REMEDY}")
-            fields["groups"] = take(f"activations/{site}/groups", (channels,), np.uint8, np.uint16).astype(np.int32)
-        activations[site] = _sound(site, KINDS[kind], channels, bits=bits, **fields)
+                raise _Refused(f"describes the channels of {shown(site)}, which has none; {_REMEDY}")
+            values = take(f"activations/{site}/{field}", (channels,), np.uint8, np.uint16)
+            fields[field] = values.astype(np.int32)
+        activations[site] = _sound(site, kind, channels, bits=bits, **fields)
 
     params: dict[str, Any] = {}
     for path, shape in shapes.items():
@@ -351,13 +343,13 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
     return Quantized(unflatten(params), weights, activations, Sam(config), quant_config)
 
 
-def _sound(name: str, cls: Any, channels: int | None, *, bits: int, **fields: np.ndarray) -> Any:
+def _sound(name: str, kind: Kind, channels: int | None, *, bits: int, **fields: np.ndarray) -> Any:
     """A validated quantizer with JAX arrays."""
     try:
-        quantizer = cls(**fields, bits=bits).validate(channels)
+        quantizer = kind.quantizer(**fields, bits=bits).validate(channels)
     except ValueError as error:
         raise _Refused(f"has an unsound quantizer for {shown(name)}: {error}; {_REMEDY}") from None
-    arrays = {k: jnp.asarray(v, jnp.int32 if k == "tau" else None) for k, v in fields.items()}
+    arrays = {k: jnp.asarray(v, jnp.int32 if k in kind.whole_fields else None) for k, v in fields.items()}
     return dataclasses.replace(quantizer, **arrays)
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 import numpy as np
 
 from ahcptq_jax.formats import artefact
-from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer
+from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.recipe import weight_path
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax.files.parameters import parameter_shapes
@@ -103,17 +103,21 @@ def summarize(quantized: Quantized, remainder: artefact.Remainder = "fp16") -> S
         weight = quantized.weights.get(path)
         site = path if path in quantized.activations else f"{path}/input"
         quantizer = quantized.activations.get(site)
+        kind = kind_of(quantizer) if quantizer else None
         names = [f"weights/{path}/{part}" for part in ("codes", "scale", "zero_point")]
-        names += [f"activations/{site}", f"activations/{site}/groups"]
+        names += [
+            f"activations/{site}",
+            *(f"activations/{site}/{name}" for name in (kind.channel_fields if kind else ())),
+        ]
         rows.append(
             Row(
                 name=path,
                 shape=weight.shape if weight else (),
                 w_bits=weight.bits if weight else None,
                 a_bits=quantizer.bits if quantizer else None,
-                kind=artefact.kind_of(quantizer) if quantizer else "",
-                groups=int(np.size(quantizer.scale)) if isinstance(quantizer, Grouped) else 0,
-                detail=_detail(quantizer),
+                kind=kind.name if kind else "",
+                groups=kind.groups(quantizer) if kind else 0,
+                detail=kind.describe(quantizer) if kind else "",
                 nbytes=sum(tensors[name].nbytes for name in names if name in tensors),
             )
         )
@@ -132,19 +136,3 @@ def summarize(quantized: Quantized, remainder: artefact.Remainder = "fp16") -> S
 def _by_number(path: str) -> list[tuple[int, str]]:
     """A key that sorts blocks_10 after blocks_9."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path)]
-
-
-def _detail(quantizer: Quantizer | None) -> str:
-    if isinstance(quantizer, Hybrid):
-        log, low, step = (_scalar(x) for x in (quantizer.log_levels, quantizer.scale_log, quantizer.scale_uniform))
-        minimum = _scalar(quantizer.minimum)
-        return (
-            f"{log:.0f} of {2**quantizer.bits} codes log up to {low:.3g} above {minimum:.3g}, then steps of {step:.3g}"
-        )
-    if isinstance(quantizer, Log2):
-        return f"tau {_scalar(quantizer.tau):.0f}"
-    return ""
-
-
-def _scalar(value: object) -> float:
-    return float(np.asarray(value).reshape(()))

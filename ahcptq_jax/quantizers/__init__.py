@@ -1,4 +1,4 @@
-"""The four quantizers of the method, as frozen pytree dataclasses.
+"""Quantizers as frozen pytree dataclasses; `kinds` says of each how it is found, learned, stored and counted.
 
 Each has ``encode(x)`` to integer codes ``0..2^bits-1``, ``decode(codes)`` to float32 values, ``fake_quant(x)`` equal
 to ``decode(encode(x))`` with straight-through gradients, ``validate(channels=None)`` and ``with_gradient_scale``.
@@ -7,11 +7,10 @@ to ``decode(encode(x))`` with straight-through gradients, ``validate(channels=No
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import jax
 import numpy as np
 
+from ahcptq_jax.quantizers.base import Quantizer as Quantizer
 from ahcptq_jax.quantizers.base import lsq_factor as lsq_factor
 from ahcptq_jax.quantizers.base import qparams_from_range as qparams_from_range
 from ahcptq_jax.quantizers.base import scale_gradient as scale_gradient
@@ -23,8 +22,6 @@ from ahcptq_jax.quantizers.log2 import Log2 as Log2
 from ahcptq_jax.quantizers.log2 import log2_fake_quant as log2_fake_quant
 from ahcptq_jax.quantizers.uniform import Uniform as Uniform
 from ahcptq_jax.quantizers.uniform import uniform_fake_quant as uniform_fake_quant
-
-Quantizer: TypeAlias = Uniform | Grouped | Log2 | Hybrid
 
 
 def fake_quant_lsq(quantizer: Quantizer, x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ own code and an integer implementation by shifts gives the same numbers.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,31 @@ _OCTAVE_THRESHOLDS = np.array(
     np.float32,
 )
 _QUARTER_OCTAVES = tuple(np.float32(2.0 ** (-i / 4)) for i in range(4))
+
+
+class Quantizer(Protocol):
+    """What a quantizer is: a frozen pytree dataclass of array leaves and a static width.
+
+    `validate` returns the quantizer itself, or raises ValueError if a (concrete) parameter is not sound; `channels` is
+    the size of the last axis of the tensors to come, if known. `fake_quant` is ``decode(encode(x))`` in the dtype of
+    ``x`` with straight-through gradients, and `with_gradient_scale` the same quantizer with the gradient factors that
+    its learned fields have for inputs of a shape.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def bits(self) -> int: ...
+
+    def encode(self, x: jax.Array) -> jax.Array: ...
+
+    def decode(self, codes: jax.Array) -> jax.Array: ...
+
+    def fake_quant(self, x: jax.Array) -> jax.Array: ...
+
+    def validate(self, channels: int | None = None) -> Self: ...
+
+    def with_gradient_scale(self, x_shape: tuple[int, ...]) -> Self: ...
 
 
 def check_bits(bits: int) -> None:

@@ -17,9 +17,9 @@ import numpy as np
 import optax
 
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
-from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform, fake_quant_lsq
+from ahcptq_jax.quantizers import Quantizer, Uniform, fake_quant_lsq
 from ahcptq_jax.quantizers.base import MIN_SCALE
-from ahcptq_jax.quantizers.searches import grouping
+from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.reconstruction import adaround
 from ahcptq_jax.reconstruction.units import GRANULARITIES, PARTS, Operation
 from ahcptq_jax.runtime.quantized import QuantizedWeight
@@ -36,13 +36,6 @@ PAPER_ROUNDING_RATE = 1e-3
 PAPER_SCALE_RATE = 4e-5
 RELATIVE_SCALE_RATE = 1e-4
 MOST_SCALE_RATE = 0.05
-
-_SCALES: dict[type, tuple[str, ...]] = {
-    Uniform: ("scale",),
-    Grouped: ("scale",),
-    Log2: ("scale",),
-    Hybrid: ("scale_log", "scale_uniform"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +159,7 @@ class State:
 
     Attributes:
         rounding: layer -> alpha, (..., out).
-        quantizers: site -> quantizer; a `Grouped` one has room for one group per channel.
+        quantizers: site -> quantizer; one with groups of channels has room for one per channel.
         rounding_moments: optax state of `rounding`.
         scale_moments: optax state of the quantizers' scales.
     """
@@ -186,21 +179,18 @@ def _optimizers(config: ReconstructionConfig) -> tuple[optax.GradientTransformat
 
 
 def _scales_of(quantizers: Mapping[str, Quantizer]) -> dict[str, dict[str, jax.Array]]:
-    return {path: {name: getattr(q, name) for name in _SCALES[type(q)]} for path, q in quantizers.items()}
+    return {path: kind_of(q).learned_values(q) for path, q in quantizers.items()}
 
 
 def _with_scales(quantizers: Mapping[str, Quantizer], scales: Mapping[str, dict[str, Any]]) -> dict[str, Quantizer]:
     return {path: dataclasses.replace(q, **scales.get(path, {})) for path, q in quantizers.items()}
 
 
-def roomy(quantizer: Quantizer) -> Quantizer:
-    """The quantizer as the compiled step takes it: groups padded to one per channel, leaves of plain types."""
-    if isinstance(quantizer, Grouped):
-        missing = np.shape(quantizer.groups)[0] - np.shape(quantizer.scale)[0]
-        scale, zero = (
-            np.pad(np.asarray(a), (0, missing), mode="edge") for a in (quantizer.scale, quantizer.zero_point)
-        )
-        quantizer = dataclasses.replace(quantizer, scale=scale, zero_point=zero)
+def padded(quantizer: Quantizer) -> Quantizer:
+    """The quantizer as the compiled step takes it: room for one group per channel, leaves of plain types."""
+    groups = kind_of(quantizer).channel_groups
+    if groups is not None:
+        quantizer = groups.padded(quantizer)
     # Copies, since the step reuses the memory of its arguments.
     return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), quantizer)
 
@@ -229,7 +219,7 @@ def start(
         uniform[layer] = Uniform(jnp.asarray(weight.scale), jnp.asarray(weight.zero_point), weight.bits)
         floors[layer] = jnp.floor(kernel / weight.scale)
         alphas[layer] = adaround.initial_alpha(kernel, weight.scale)
-    rooms = {path: roomy(q) for path, q in quantizers.items()}
+    rooms = {path: padded(q) for path, q in quantizers.items()}
     rounding, scales = _optimizers(config)
     learned = _scales_of(rooms) if config.learn_scales else {}
     return Problem(unflatten(flat), floors, uniform), State(alphas, rooms, rounding.init(alphas), scales.init(learned))
@@ -365,7 +355,7 @@ def advance(
 
 
 def regroup(state: State, groups: int, final: int, metric: str) -> State:
-    """One rung of CAG's ladder: the channels of every `Grouped` quantizer into `groups`, moments included.
+    """One rung of CAG's ladder: the channels of every quantizer with groups into `groups`, moments included.
 
     Args:
         final: groups at the end of the ladder.
@@ -374,18 +364,19 @@ def regroup(state: State, groups: int, final: int, metric: str) -> State:
     quantizers = dict(state.quantizers)
     adam, *rest = state.scale_moments
     for path, quantizer in state.quantizers.items():
-        if not isinstance(quantizer, Grouped) or groups >= quantizer.groups.shape[0]:
+        own = kind_of(quantizer).channel_groups
+        if own is None or groups >= own.labels(quantizer).shape[0]:
             continue
-        # Room for the widest rung, so that all rungs are one program.
-        room = min(grouping.ladder_stages(final)[0], quantizer.groups.shape[0])
-        alone = quantizer.per_channel()
-        scale, zero_point, labels = grouping.group_padded(
-            alone.scale, alone.zero_point, jnp.int32(groups), room=room, metric=metric, bits=quantizer.bits
-        )
-        quantizers[path] = dataclasses.replace(quantizer, scale=scale, zero_point=zero_point, groups=labels)
+        quantizers[path] = merged = own.merged(quantizer, groups, final, metric)
         if path in adam.mu:
-            mu, nu = _map_moments(adam.mu[path]["scale"], adam.nu[path]["scale"], quantizer.groups, labels)
-            adam = adam._replace(mu=adam.mu | {path: {"scale": mu}}, nu=adam.nu | {path: {"scale": nu}})
+            pairs = {
+                name: _map_moments(mean, adam.nu[path][name], own.labels(quantizer), own.labels(merged))
+                for name, mean in adam.mu[path].items()
+            }
+            adam = adam._replace(
+                mu=adam.mu | {path: {name: mean for name, (mean, _) in pairs.items()}},
+                nu=adam.nu | {path: {name: square for name, (_, square) in pairs.items()}},
+            )
     return dataclasses.replace(state, quantizers=quantizers, scale_moments=(adam, *rest))
 
 
@@ -423,13 +414,9 @@ def finish(
         found[layer] = QuantizedWeight.from_codes(codes, uniform.scale, uniform.zero_point, uniform.bits)
     trimmed: dict[str, Quantizer] = {}
     for path, quantizer in state.quantizers.items():
-        if isinstance(quantizer, Grouped):
-            before = quantizers[path]
-            assert isinstance(before, Grouped)
-            calibrated = np.shape(before.scale)[0]
-            count = min(calibrated, groups) if groups else calibrated
-            quantizer = dataclasses.replace(
-                quantizer, scale=quantizer.scale[:count], zero_point=quantizer.zero_point[:count]
-            )
+        own = kind_of(quantizer).channel_groups
+        if own is not None:
+            calibrated = own.count(quantizers[path])
+            quantizer = own.trimmed(quantizer, min(calibrated, groups) if groups else calibrated)
         trimmed[path] = quantizer
     return found, trimmed

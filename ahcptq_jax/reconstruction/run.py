@@ -24,7 +24,8 @@ from ahcptq_jax.calibration import saved_state
 from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.formats import artefact
-from ahcptq_jax.quantizers import Grouped, Quantizer
+from ahcptq_jax.quantizers import Quantizer
+from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.quantizers.searches.grouping import ladder_stages
 from ahcptq_jax.reconstruction import learning
 from ahcptq_jax.reconstruction.learning import ReconstructionConfig
@@ -253,7 +254,7 @@ class _Run:
     def current(self, unit: Unit) -> Callable[[Args], jax.Array]:
         """The quantized unit: a row of inputs -> its output."""
         # With room for all groups, so that units with more and fewer of them are one program.
-        quantizers = {site: learning.roomy(q) for site, q in unit.own(self.activations).items()}
+        quantizers = {site: learning.padded(q) for site, q in unit.own(self.activations).items()}
         own = unflatten(unit.own(self.remainder))
         return partial(run_unit, unit.operation, own, unit.own(self.weights), quantizers)
 
@@ -308,7 +309,8 @@ class _Run:
             fields: dict[str, Any] = {
                 name: jnp.asarray(arrays[f"site/{site}/{name}"]) for name in _arrays_of(quantizer)
             }
-            channels = np.shape(quantizer.groups)[0] if isinstance(quantizer, Grouped) else None
+            per_channel = kind_of(quantizer).channel_fields
+            channels = np.shape(fields[per_channel[0]])[0] if per_channel else None
             try:
                 self.activations[unit.prefix + site] = dataclasses.replace(quantizer, **fields).validate(channels)
             except ValueError as error:
@@ -318,7 +320,8 @@ class _Run:
 
 def _arrays_of(quantizer: Quantizer) -> dict[str, Any]:
     """A quantizer's leaves by name."""
-    return {f.name: getattr(quantizer, f.name) for f in dataclasses.fields(quantizer) if f.name != "bits"}
+    kind = kind_of(quantizer)
+    return {name: getattr(quantizer, name) for name in kind.fields + kind.channel_fields}
 
 
 def _rows(arrays: Args) -> Iterator[Args]:
@@ -361,7 +364,7 @@ def _reconstruct_decoder(
         if report is None:
             weights = {path: w for path, w in run.weights.items() if path.startswith(parts)}
             # With room for all groups, so that what the units before have grouped is no other program.
-            activations = {path: learning.roomy(q) for path, q in run.activations.items() if path.startswith(parts)}
+            activations = {path: learning.padded(q) for path, q in run.activations.items() if path.startswith(parts)}
 
             def rows(unit: Unit = unit, weights: Any = weights, activations: Any = activations) -> Iterator[Args]:
                 for clean, noisy, prompts in zip(original, current, boxes, strict=True):
@@ -384,7 +387,7 @@ def _reconstruct_unit(run: _Run, unit: Unit, data: Dataset) -> UnitReport:
         # Its calibration is kept, but its channels are grouped like all others.
         config = dataclasses.replace(config, iterations=0, learn_rounding=False, learn_scales=False)
     groups = run.target.groups
-    if not any(isinstance(q, Grouped) and np.shape(q.scale)[0] > groups for q in quantizers.values()):
+    if not any(kind_of(q).groups(q) > groups for q in quantizers.values()):
         groups = 0
     problem, state = learning.start(unflatten(unit.own(flatten(run.params))), weights, quantizers, config)
     state = _learn(run, unit, problem, state, data, config, groups)

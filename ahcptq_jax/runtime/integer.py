@@ -39,9 +39,8 @@ from typing import NamedTuple
 
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.recipe import weight_path
-from ahcptq_jax.runtime.products import octave_ranges
+from ahcptq_jax.runtime.products import ATTENTION_SITES, octave_ranges, supports_attention, supports_layer
 from ahcptq_jax.runtime.quantized import Quantized
-from ahcptq_jax.runtime.quantized_layers import ATTENTION_SITES, attends_on_codes, layer_on_codes
 from sam_flax.config import SamConfig
 
 ACCUMULATOR_BITS = 32
@@ -55,13 +54,13 @@ def integer_model(quantized: Quantized) -> Quantized:
     """
     activations = quantized.activations
     for layer, weight in quantized.weights.items():
-        if not layer_on_codes(activations.get(f"{layer}/input"), weight.shape):
+        if not supports_layer(activations.get(f"{layer}/input"), weight.shape):
             raise ValueError(f"The input of {layer} is not quantized so that its product is one of integers.")
     for site in activations:
         parent, _, name = site.rpartition("/")
         sites = {n: activations[f"{parent}/{n}"] for n in ATTENTION_SITES if f"{parent}/{n}" in activations}
         own_layer = weight_path(site)
-        if own_layer not in quantized.weights if own_layer else not attends_on_codes(sites):
+        if own_layer not in quantized.weights if own_layer else not supports_attention(sites):
             raise ValueError(f"Site {site} is quantized in a way that has no integer product.")
     return dataclasses.replace(quantized, carrier="int32")
 

@@ -41,6 +41,7 @@ import numpy as np
 
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform
 from ahcptq_jax.quantizers.base import negative_power_of_two, positive_power_of_two
+from ahcptq_jax.quantizers.kinds import kind_of
 from sam_flax.layers import shifted_copies
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ Carrier = Literal["float32", "int32"]
 EXACT_BITS = {"float32": 24, "int32": 31}  # of the magnitude of a sum
 MAX_PLANES = 4  # products in place of one, for powers of two
 MAX_GROUPS = 16  # of channels that have an accumulator of their own
+ATTENTION_SITES = ("q", "k", "v", "softmax")
 
 
 class Operand(NamedTuple):
@@ -148,10 +150,31 @@ def _to_float(sums: jax.Array, data: jax.Array) -> jax.Array:
 
 
 def supports(quantizer: Quantizer | None) -> bool:
-    """Whether the planes of a quantizer are few enough; a scale for every channel has none."""
+    """Whether a quantizer has a product on codes here.
+
+    A scale for every channel, or more groups than `MAX_GROUPS`, would take too many planes.
+    """
     if isinstance(quantizer, Grouped):
         return np.size(quantizer.scale) <= MAX_GROUPS
-    return quantizer is not None and (not isinstance(quantizer, Uniform) or np.size(quantizer.scale) == 1)
+    if isinstance(quantizer, Uniform):
+        return np.size(quantizer.scale) == 1
+    return isinstance(quantizer, Hybrid | Log2)
+
+
+def supports_layer(quantizer: Quantizer | None, kernel_shape: tuple[int, ...]) -> bool:
+    """Whether `layer` takes such an input and kernel; the border of a convolution must have a code."""
+    has_border = len(kernel_shape) == 4 and kernel_shape[0] > 1
+    return supports(quantizer) and (isinstance(quantizer, Uniform) or not has_border)
+
+
+def supports_attention(sites: Mapping[str, Quantizer]) -> bool:
+    """Whether `attend` takes these quantizers, of `ATTENTION_SITES`."""
+    return (
+        set(sites) == set(ATTENTION_SITES)
+        and all(supports(quantizer) for quantizer in sites.values())
+        and all(isinstance(sites[name], Uniform) for name in "qkv")
+        and isinstance(sites["softmax"], Uniform | Log2)
+    )
 
 
 def multiply(quantizer: Quantizer, codes: jax.Array, right: Operand, carrier: Carrier) -> jax.Array:
@@ -165,7 +188,9 @@ def multiply(quantizer: Quantizer, codes: jax.Array, right: Operand, carrier: Ca
         return _multiply_groups(quantizer, codes, right, carrier)
     if isinstance(quantizer, Hybrid):
         return _multiply_hybrid(quantizer, codes, right, carrier)
-    return _multiply_log2(quantizer, codes, right, carrier)
+    if isinstance(quantizer, Log2):
+        return _multiply_log2(quantizer, codes, right, carrier)
+    raise ValueError(f"{type(quantizer).__name__} has no product on codes; ask supports first.")
 
 
 def _multiply_groups(quantizer: Grouped, codes: jax.Array, right: Operand, carrier: Carrier) -> jax.Array:
@@ -302,6 +327,9 @@ def _multiply_hybrid(quantizer: Hybrid, codes: jax.Array, right: Operand, carrie
 
 
 def _multiply_log2(quantizer: Log2, codes: jax.Array, right: Operand, carrier: Carrier) -> jax.Array:
+    if quantizer.grid_bits:
+        on_grid = kind_of(quantizer).levels(quantizer)
+        return on_grid.step * accumulate(on_grid.of(codes), jnp.float32(0), right, carrier)
     levels, terms = quantizer.levels, codes.shape[-1]
 
     def branch(tau: int) -> Callable[..., jax.Array]:

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ahcptq_jax.quantizers import Log2, Quantizer, Uniform
+from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.runtime import products
-from ahcptq_jax.runtime.products import Carrier
+from ahcptq_jax.runtime.products import ATTENTION_SITES, Carrier
 from sam_flax.encoders import vit
 from sam_flax.heads import mask_decoder
 from sam_flax.layers import Conv, Linear, Site, conv_same
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ahcptq_jax.runtime.quantized import QuantizedWeight
 
 Note = Callable[[str, jax.Array], None]
-ATTENTION_SITES = ("q", "k", "v", "softmax")
 # The method that reads the kernel.
 _PRODUCT: dict[type, str] = {Linear: "product", Conv: "__call__"}
 
@@ -44,31 +43,15 @@ def intercept_quantized(
             return _layer(path, weights[path], activations.get(f"{path}/input"), args[0], carrier, note)
         if method == "__call__" and isinstance(module, vit.Attention | mask_decoder.Attention):
             sites = {name: activations[f"{path}/{name}"] for name in ATTENTION_SITES if f"{path}/{name}" in activations}
-            if attends_on_codes(sites) and isinstance(module, vit.Attention):
+            if products.supports_attention(sites) and isinstance(module, vit.Attention):
                 return _encoder_attention(module, path, sites, carrier, note, *args)
-            if attends_on_codes(sites) and isinstance(module, mask_decoder.Attention):
+            if products.supports_attention(sites) and isinstance(module, mask_decoder.Attention):
                 return _decoder_attention(module, path, sites, carrier, note, *args)
         if isinstance(module, Site) and path in activations:
             return _fake_quant(path, activations[path], args[0], note)
         return next_fun(*args, **kwargs)
 
     return nn.intercept_methods(interceptor)
-
-
-def layer_on_codes(quantizer: Quantizer | None, kernel_shape: tuple[int, ...]) -> bool:
-    """Whether a layer with such an input has a product on codes; the border of a convolution must have a code."""
-    neighbours = len(kernel_shape) == 4 and kernel_shape[0] > 1
-    return products.supports(quantizer) and (isinstance(quantizer, Uniform) or not neighbours)
-
-
-def attends_on_codes(sites: Mapping[str, Quantizer]) -> bool:
-    """Whether an attention with these quantizers, of `ATTENTION_SITES`, has both of its products on codes."""
-    return (
-        len(sites) == len(ATTENTION_SITES)
-        and all(products.supports(quantizer) for quantizer in sites.values())
-        and all(isinstance(sites[name], Uniform) for name in "qkv")
-        and isinstance(sites["softmax"], Uniform | Log2)
-    )
 
 
 def _encode(path: str, quantizer: Quantizer, x: jax.Array, note: Note | None) -> jax.Array:
@@ -90,7 +73,7 @@ def _layer(
     carrier: Carrier,
     note: Note | None,
 ) -> jax.Array:
-    if quantizer is not None and layer_on_codes(quantizer, weight.shape):
+    if quantizer is not None and products.supports_layer(quantizer, weight.shape):
         return products.layer(_encode(f"{path}/input", quantizer, x, note), quantizer, weight, carrier)
     if quantizer is not None:
         x = _fake_quant(f"{path}/input", quantizer, x, note)

@@ -53,7 +53,7 @@ def _step(operation: Operation, prefix: str, store: Store, loss_axis: int) -> Ca
     params = jax.jit(operation.module.init)(jax.random.key(1), x[0])["params"]
     sites, statistics = passes.discover(operation, params, x[0], prefix, CONFIG)
     quantizers, weights = {}, {}
-    for path, kind in sites:
+    for path, kind, _ in sites:
         # Grouped sites keep a range for each channel: that is how many they have.
         channels = statistics[path].minimum.size if kind == "grouped" else 1
         quantizers[path] = _quantizer(kind, channels)

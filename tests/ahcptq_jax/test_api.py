@@ -13,7 +13,8 @@ from ahcptq_jax import METHODS, W4A4, QuantConfig, quantize
 from ahcptq_jax.architectures.sites import flatten, intercept_sites
 from ahcptq_jax.calibration import passes, statistics
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform, searches
-from ahcptq_jax.quantizers.searches import grouping
+from ahcptq_jax.quantizers.kinds import grouped as grouped_kind
+from ahcptq_jax.quantizers.searches import batches, grouping
 from ahcptq_jax.recipe import site_kind
 from ahcptq_jax.runtime import quantized as quantized_module
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
@@ -265,12 +266,12 @@ def test_calibration_is_deterministic_and_takes_generators(tiny, w4a4):
 def test_draw_rows():
     key = jax.random.key(3)
     for rows in (0, 7, 8):
-        assert statistics.draw_rows(7, rows, key) is None, "all of them"
-    drawn = np.asarray(statistics.draw_rows(500, 20, key))
+        assert batches.draw_rows(7, rows, key) is None, "all of them"
+    drawn = np.asarray(batches.draw_rows(500, 20, key))
     assert drawn.shape == (20,) and drawn.min() >= 0 and drawn.max() < 500
     assert (np.diff(drawn) > 0).all(), "in order, none twice"
-    np.testing.assert_array_equal(statistics.draw_rows(500, 20, key), drawn)
-    assert not np.array_equal(statistics.draw_rows(500, 20, jax.random.key(4)), drawn)
+    np.testing.assert_array_equal(batches.draw_rows(500, 20, key), drawn)
+    assert not np.array_equal(batches.draw_rows(500, 20, jax.random.key(4)), drawn)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -284,7 +285,7 @@ def test_attention_map_of_drawn_rows(with_bias):
     some, same_values = run((q, k, v, *biases), 5, key)
     assert whole.shape == (2, 12, 12)
     np.testing.assert_allclose(whole.sum(-1), 1, rtol=1e-5)
-    picked = np.asarray(statistics.draw_rows(12, 5, key))
+    picked = np.asarray(batches.draw_rows(12, 5, key))
     np.testing.assert_allclose(some, whole[:, picked], rtol=1e-5)
     for found in (values, same_values):
         np.testing.assert_array_equal(found, v)
@@ -422,7 +423,7 @@ def test_groups(groups, expected, metric):
         low, high = -rng.uniform(0, 3, channels), rng.uniform(0, 3, channels)
         sites[name] = Uniform.from_range(low, high, 4)
     config = QuantConfig(groups=groups, group_metric=metric)
-    grouped = statistics.group_channels(sites, config)
+    grouped = grouped_kind.group_channels(sites, config.a_bits, config)
     assert set(grouped) == set(sites)
     for name, quantizer in grouped.items():
         channels = len(sites[name].scale)
@@ -442,7 +443,7 @@ def test_groups(groups, expected, metric):
             if metric == "range":
                 assert (shared >= own * 0.999).all(), "no channel is cut off"
     if (groups, metric) == (4, "range"):
-        alone = statistics.group_channels({"b": sites["b"]}, config)["b"]
+        alone = grouped_kind.group_channels({"b": sites["b"]}, config.a_bits, config)["b"]
         np.testing.assert_array_equal(np.asarray(alone.groups), np.asarray(grouped["b"].groups))
 
 
@@ -461,7 +462,7 @@ def test_sites_of_a_width_are_grouped_as_the_configuration_says(groups, metric, 
         name: Uniform(jnp.full(channels, step), jnp.full(channels, 1.0), bits)
         for name, channels, step in (("a", 16, 0.5), ("b", 16, 0.25), ("c", 40, 2.0))
     }
-    grouped = statistics.group_channels(sites, QuantConfig(groups=groups, group_metric=metric, a_bits=bits))
+    grouped = grouped_kind.group_channels(sites, bits, QuantConfig(groups=groups, group_metric=metric))
     assert asked == [((2, 16), groups, metric, bits), ((1, 40), groups, metric, bits)]
     for name, quantizer in grouped.items():
         assert isinstance(quantizer, Grouped) and quantizer.bits == bits

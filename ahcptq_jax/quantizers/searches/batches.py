@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 
 # A search over a whole tensor looks coarsely at this many of its values, and then finely at all of them.
 COARSE_ELEMENTS = 2**19
@@ -19,3 +20,10 @@ def nonempty(batches: Iterable[jax.Array]) -> Iterable[jax.Array]:
 def no_batches() -> ValueError:
     """The error of a search that was given nothing."""
     return ValueError("calibration needs at least one batch with data, got none; pass calibration images")
+
+
+def draw_rows(available: int, rows: int, key: jax.Array) -> jax.Array | None:
+    """`rows` of `available` rows (rows,), in order; None if that is all of them, or `rows` is 0."""
+    if not 0 < rows < available:
+        return None
+    return jnp.sort(jax.random.choice(key, available, (rows,), replace=False))

@@ -14,9 +14,10 @@ import pytest
 from ahcptq_jax.api import quantize_model
 from ahcptq_jax.calibration import passes
 from ahcptq_jax.calibration.cache import StatisticsCache
-from ahcptq_jax.calibration.statistics import init_statistics, update_statistics
+from ahcptq_jax.calibration.statistics import SiteRule, init_statistics, relevant, update_statistics
 from ahcptq_jax.config import ACT_RANGES, METHODS, QuantConfig
 from ahcptq_jax.quantizers import Grouped
+from ahcptq_jax.quantizers.kinds import kind_names
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax import Sam
 
@@ -176,15 +177,15 @@ TOKENS, CHANNELS = 9, 8
 
 
 @functools.cache
-def program(path: str, kind: Any, config: QuantConfig) -> str:
+def program(rule: SiteRule, config: QuantConfig) -> str:
     """How `update_statistics` adds a batch, its constants among it."""
-    shape = (1, TOKENS, TOKENS) if path.endswith("softmax") else (1, 3, 3, CHANNELS)
-    captured = {path: jnp.zeros(shape), "attn/operands": (jnp.zeros((1, TOKENS, CHANNELS)),) * 3}
+    shape = (1, TOKENS, TOKENS) if rule.is_attention else (1, 3, 3, CHANNELS)
+    captured = {rule.path: jnp.zeros(shape), "attn/operands": (jnp.zeros((1, TOKENS, CHANNELS)),) * 3}
     params = {"lin2": {"kernel": jnp.zeros((CHANNELS, 4))}}
-    state = init_statistics(kind, shape, config)
+    state = init_statistics(rule, shape, config)
 
     def update(state: Any, captured: Any, params: Any, key: Any) -> Any:
-        return update_statistics(state, path, kind, captured, params, key, config)
+        return update_statistics(state, rule, captured, params, key, config)
 
     closed = jax.make_jaxpr(update)(state, captured, params, jax.random.key(0))
     return f"{jax.tree.structure(state)} {closed.jaxpr} {[np.asarray(c).tolist() for c in closed.consts]}"
@@ -201,11 +202,16 @@ def program(path: str, kind: Any, config: QuantConfig) -> str:
     ],
 )
 @pytest.mark.parametrize("act_range", ACT_RANGES)
-def test_what_relevant_leaves_out_changes_no_statistics(path: str, kind: Any, act_range: str) -> None:
-    """Other settings are equal programs: `_relevant` lets them share a compilation, and settings a pass."""
+def test_what_a_statistic_does_not_name_does_not_change_it(path: str, kind: str, act_range: str) -> None:
+    """Settings and widths that `depends_on` leaves out are equal programs, and so may share one and a pass."""
     assert set(CHANGES) == {field.name for field in dataclasses.fields(QuantConfig)}
     base = QuantConfig(act_range=act_range)
     for name, value in CHANGES.items():
         config = dataclasses.replace(base, **{name: value})
-        relevant = passes._relevant(config, ((path, kind),))
-        assert program(path, kind, config) == program(path, kind, relevant), name
+        rule = SiteRule(path, kind, config.a_bits)
+        (kept,), needed = relevant([rule], config)
+        assert program(rule, config) == program(kept, needed), name
+
+
+def test_every_built_in_kind_is_tried_above() -> None:
+    assert {"uniform", "grouped", "log2", "hybrid"} <= set(kind_names())

@@ -38,7 +38,7 @@ def test_learned_gradients_are_the_official_ones(golden):
     """Of a step without drops; `test_quantizers` has every quantizer, `test_adaround` the rounding."""
     g = golden("grads_s0")
     labels, zero = jnp.asarray(g["group_labels"]), jnp.asarray(g["group_zp"])
-    quantizers = learning.roomy(Grouped(g["group_scales"], zero, labels, int(g["bits"])))
+    quantizers = learning.padded(Grouped(g["group_scales"], zero, labels, int(g["bits"])))
 
     def loss(scale):
         handle = learning._dropping({"input": dataclasses.replace(quantizers, scale=scale)}, jnp.zeros((1, 2)), 0.0)
