@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import ahcptq_jax
+from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.formats import artefact
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
@@ -73,7 +74,7 @@ def test_equal_models_are_equal_files_and_saving_replaces(tiny_quantized, files,
 def all_kinds(sam_tiny, bits):
     """A model whose weights and quantizers have `bits` bits and odd numbers, every layout of a quantizer among them."""
     config, params = sam_tiny
-    flat = {k: np.asarray(v) for k, v in ahcptq_jax.quantized.flatten(params).items()}
+    flat = {k: np.asarray(v) for k, v in flatten(params).items()}
     rng = np.random.default_rng(bits)
     weights, activations = {}, {}
     for site, channels in artefact.quantizable_sites(config, parameter_shapes(config)).items():
@@ -96,7 +97,7 @@ def all_kinds(sam_tiny, bits):
             scales = jnp.asarray(rng.uniform(0.01, 1, shape[-1]), jnp.float32)
             zeros = jnp.asarray(rng.integers(0, 2**bits, shape[-1]), jnp.float32)
             weights[layer] = QuantizedWeight.from_codes(codes, scales, zeros, bits)
-    params = ahcptq_jax.quantized.unflatten({k: jnp.asarray(v) for k, v in flat.items()})
+    params = unflatten({k: jnp.asarray(v) for k, v in flat.items()})
     quant_config = ahcptq_jax.QuantConfig(w_bits=bits, a_bits=bits, seed=5, cag=False)
     return Quantized(params, weights, activations, Sam(config), quant_config)
 
@@ -134,7 +135,7 @@ def share_of_float32(config, w_bits, remainder):
             activations[site] = Grouped(np.ones(4), np.zeros(4), np.zeros(channels, int), 4)
         else:
             activations[site] = Log2(1.0, 1, 4)
-    params = ahcptq_jax.quantized.unflatten({k: np.zeros(v, np.float32) for k, v in shapes.items()})
+    params = unflatten({k: np.zeros(v, np.float32) for k, v in shapes.items()})
     model = Quantized(params, weights, activations, Sam(config), ahcptq_jax.W4A4)
     tensors = artefact.tensors_of(model, remainder)
     header = artefact.header_bytes(model, tensors, checksums=False)

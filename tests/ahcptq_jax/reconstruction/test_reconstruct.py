@@ -24,7 +24,14 @@ from ahcptq_jax.reconstruction import adaround, learning, units
 from ahcptq_jax.reconstruction import run as job
 from ahcptq_jax.reconstruction.learning import ReconstructionConfig
 from ahcptq_jax.reconstruction.run import reconstruct
-from ahcptq_jax.reconstruction.units import GRANULARITIES, PARTS, decoder_units, encoder_units, run_unit
+from ahcptq_jax.reconstruction.units import (
+    GRANULARITIES,
+    PARTS,
+    capture_decoder,
+    decoder_units,
+    encoder_units,
+    run_unit,
+)
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from experiments import coco, evaluate
 from experiments.scenes import scenes
@@ -206,7 +213,7 @@ def test_units_in_turn_are_the_encoder(sam, params, images, granularity):
 def test_captured_inputs_give_the_captured_outputs(sam, params, boxes):
     units = decoder_units(sam)
     embedding = np.random.default_rng(0).normal(size=(1, 4, 4, 16)).astype(np.float32)
-    found = units.capture_decoder(sam, params, {}, {}, embedding, boxes[0], names=tuple(unit.name for unit in units))
+    found = capture_decoder(sam, params, {}, {}, embedding, boxes[0], names=tuple(unit.name for unit in units))
     for unit in units:
         args, output = found[unit.name]
         again = run_unit(unit.operation, unflatten(unit.own(flatten(params))), {}, {}, args)
