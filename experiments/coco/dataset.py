@@ -73,6 +73,7 @@ class CocoDataset:
       clipped_boxes: number of annotated boxes that stuck out of their image and were clipped.
       degenerate_boxes: number of annotated boxes without area, which serve as ground truth but not as
         prompts.
+      far_boxes: number of annotated boxes that overlap the box around their own mask by less than half.
     """
 
     items: tuple[ImageItem, ...]
@@ -81,6 +82,17 @@ class CocoDataset:
     listed_ids: frozenset[int]
     clipped_boxes: int
     degenerate_boxes: int
+    far_boxes: int = 0
+
+    @property
+    def crowd_count(self) -> int:
+        """Number of objects that are marked as crowds."""
+        return sum(annotation.iscrowd for item in self.items for annotation in item.annotations)
+
+    @property
+    def all_crowds(self) -> bool:
+        """Whether there is no object that COCO's AP counts."""
+        return all(annotation.iscrowd for item in self.items for annotation in item.annotations)
 
     @classmethod
     def from_memory(
@@ -112,14 +124,17 @@ class CocoDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of annotations and images (bytes if in memory, names and file sizes if on disk)."""
+        """Hash of annotations and images: of pixels in memory, and of the bytes of files, whatever their names."""
         digest = hashlib.sha256()
         for item in self.items:
-            digest.update(f"{item.image_id} {item.name} {item.height} {item.width} ".encode())
+            # A name in JSON may hold halves of pairs, which have no UTF-8.
+            digest.update(f"{item.image_id} {item.name} {item.height} {item.width} ".encode("utf-8", "surrogatepass"))
             if item.array is not None:
                 digest.update(np.ascontiguousarray(item.array).tobytes())
             elif item.path is not None and item.path.exists():
-                digest.update(str(item.path.stat().st_size).encode())
+                # Sizes do not tell pictures of fixed-size formats apart.
+                with open(item.path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
         annotations = self.coco.dataset["annotations"]
         digest.update(json.dumps(annotations, sort_keys=True, default=_json_bytes).encode())
         return digest.hexdigest()[:32]
@@ -156,6 +171,16 @@ class CocoDataset:
         sentences = []
         if self.clipped_boxes:
             sentences.append(f"{self.source}: {self.clipped_boxes} boxes left their image and were clipped to it.")
+        if self.far_boxes:
+            sentences.append(
+                f"{self.source}: {self.far_boxes} boxes overlap the box around their own mask by less than half; "
+                "prompts and masks may not belong together."
+            )
+        if self.all_crowds:
+            sentences.append(
+                f"{self.source}: all {self.crowd_count} objects are crowds (iscrowd 1), which COCO's AP leaves out; "
+                "CVAT marks every mask so: set iscrowd to 0 in the file, or export polygons."
+            )
         if self.degenerate_boxes:
             sentences.append(f"{self.source}: {self.degenerate_boxes} boxes have no area and are not used as prompts.")
         return tuple(sentences)
@@ -279,7 +304,7 @@ def _build_dataset(
     )
     coco = quiet_coco({"images": found.images, "annotations": found.annotations, "categories": found.categories})
     degenerate = sum(a.degenerate for item in items for a in item.annotations)
-    return CocoDataset(items, coco, source, found.listed_ids, found.clipped, degenerate)
+    return CocoDataset(items, coco, source, found.listed_ids, found.clipped, degenerate, found.far)
 
 
 def _json_bytes(value: Any) -> Any:

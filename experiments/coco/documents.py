@@ -6,8 +6,8 @@ from typing import Any
 
 from pycocotools import mask as mask_utils
 
-from experiments.coco.boxes import Corners, clip_box, parse_box
-from experiments.coco.masks import check_segmentation, run_lengths
+from experiments.coco.boxes import Corners, clip_box, far_from_masks, misreading, parse_box
+from experiments.coco.masks import box_around, check_segmentation, run_lengths
 from experiments.coco.values import is_integer, is_number
 from sam_flax.errors import InputError
 
@@ -23,6 +23,7 @@ class Instances:
       categories: records with a whole `id`.
       listed_ids: ids of all images of the document.
       clipped: number of boxes that stuck out of their image.
+      far: number of boxes that overlap the box around their own mask by less than half.
     """
 
     images: list[dict[str, Any]]
@@ -31,6 +32,7 @@ class Instances:
     categories: list[dict[str, Any]]
     listed_ids: frozenset[int]
     clipped: int
+    far: int
 
 
 def parse_instances(document: Mapping[str, Any], source: str, limit: int | None, require_masks: bool) -> Instances:
@@ -40,7 +42,8 @@ def parse_instances(document: Mapping[str, Any], source: str, limit: int | None,
       document: the parsed JSON.
       source: what to call it in messages.
       limit: number of images to keep, from the start; None keeps all.
-      require_masks: whether every annotation must have a mask.
+      require_masks: whether every annotation must have a mask and a category; else boxes are enough, and a mask
+        that cannot be used is left out.
 
     Raises:
       InputError: if it is not an instances document, contradicts itself, or has nothing for these images.
@@ -58,11 +61,14 @@ def parse_instances(document: Mapping[str, Any], source: str, limit: int | None,
     annotations: list[dict[str, Any]] = []
     boxes: list[Corners] = []
     renumber = _needs_new_ids(raw_annotations)
+    needed = ("image_id", "category_id", "bbox") if require_masks else ("image_id", "bbox")
+    mask_boxes: list[Corners | None] = []
     clipped = 0
     for position, raw in enumerate(raw_annotations):
         name = f"Annotation {raw.get('id', position) if isinstance(raw, dict) else position} of {source}"
-        if not isinstance(raw, dict) or not {"image_id", "category_id", "bbox"} <= raw.keys():
-            raise InputError(f"{name} lacks image_id, category_id or bbox: use COCO's instances format.")
+        if not isinstance(raw, dict) or not set(needed) <= raw.keys():
+            missing = [key for key in needed if not isinstance(raw, dict) or key not in raw]
+            raise InputError(f"{name} lacks {', '.join(missing)}: use COCO's instances format.")
         if not is_integer(raw["image_id"]) or raw["image_id"] not in listed_ids:
             raise InputError(
                 f"{name} belongs to image {raw['image_id']}, which the file does not list: "
@@ -70,9 +76,10 @@ def parse_instances(document: Mapping[str, Any], source: str, limit: int | None,
             )
         if raw["image_id"] not in sizes:
             continue
-        if not is_integer(raw["category_id"]) or raw["category_id"] not in known_categories:
+        category = raw.get("category_id", 0)
+        if require_masks and (not is_integer(category) or category not in known_categories):
             raise InputError(
-                f"{name} has category {raw['category_id']}, which the file does not define: "
+                f"{name} has category {category}, which the file does not define: "
                 "add the category or correct the annotation."
             )
         width, height = sizes[raw["image_id"]]
@@ -81,12 +88,14 @@ def parse_instances(document: Mapping[str, Any], source: str, limit: int | None,
         record: dict[str, Any] = {
             "id": position + 1 if renumber else raw["id"],
             "image_id": raw["image_id"],
-            "category_id": raw["category_id"],
+            "category_id": category if is_integer(category) else 0,
             "bbox": [float(value) for value in raw["bbox"]],
             "iscrowd": int(bool(raw.get("iscrowd", 0))),
         }
-        if require_masks or raw.get("segmentation"):
-            record["segmentation"] = check_segmentation(raw.get("segmentation"), width, height, name)
+        mask = _mask(raw.get("segmentation"), width, height, name, require_masks)
+        if mask is not None:
+            record["segmentation"] = mask
+        mask_boxes.append(None if mask is None else box_around(mask, width, height))
         record["area"] = _area(raw, record, width, height)
         annotations.append(record)
         boxes.append(box)
@@ -94,7 +103,22 @@ def parse_instances(document: Mapping[str, Any], source: str, limit: int | None,
         raise InputError(
             f"None of the first {len(images)} images of {source} has an annotation: evaluate more images (--limit)."
         )
-    return Instances(images, annotations, boxes, categories, listed_ids, clipped)
+    limits = [sizes[record["image_id"]] for record in annotations]
+    written = [tuple(record["bbox"]) for record in annotations]
+    if wrong := misreading(written, limits, mask_boxes):
+        raise InputError(f"{source} holds {wrong}: write COCO's [x, y, width, height] in pixels.")
+    far = far_from_masks(boxes, mask_boxes)
+    return Instances(images, annotations, boxes, categories, listed_ids, clipped, far)
+
+
+def _mask(segmentation: Any, width: int, height: int, name: str, required: bool) -> Any:
+    """The checked mask of an annotation; None where it has none that can be used and none is required."""
+    try:
+        return check_segmentation(segmentation, width, height, name)
+    except InputError:
+        if required:
+            raise
+        return None
 
 
 def file_name(record: Mapping[str, Any], source: str, *, needed: bool) -> str:

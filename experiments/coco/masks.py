@@ -70,6 +70,18 @@ def run_lengths(segmentation: Any, width: int, height: int) -> dict[str, Any]:
     return segmentation
 
 
+def box_around(segmentation: Any, width: int, height: int) -> tuple[float, float, float, float] | None:
+    """Corners of the smallest box around a checked mask, cut at the image's border; None if it is empty."""
+    if isinstance(segmentation, list):
+        points = np.concatenate([np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in segmentation])
+        x0, y0 = np.clip(points.min(0), 0, (width, height))
+        x1, y1 = np.clip(points.max(0), 0, (width, height))
+    else:
+        x0, y0, w, h = mask_utils.toBbox(run_lengths(segmentation, width, height))
+        x1, y1 = x0 + w, y0 + h
+    return (float(x0), float(y0), float(x1), float(y1)) if x1 > x0 and y1 > y0 else None
+
+
 def encode(masks: np.ndarray) -> list[str]:
     """Compressed run lengths of masks (N, H, W) bool: the `counts` of each."""
     columns = np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8))

@@ -11,15 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.coco.boxes import XYWH, Corners, clip_box, parse_box, without_area
+from experiments.coco.boxes import XYWH, Corners, clip_box, misreading, parse_box, without_area
 from experiments.coco.dataset import CocoDataset
 from experiments.coco.values import is_integer, is_number, read_json
 from sam_flax.errors import InputError
-
-# A box may leave the image by this many pixels and still count as rounding in a results file.
-_ROUNDING_PIXELS = 2.0
-# Share of the boxes that must leave the image before a results file is taken for corner coordinates.
-_CORNER_SHARE = 0.3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,6 +97,12 @@ def annotated_boxes(dataset: CocoDataset) -> BoxSet:
         )
     boxes = BoxSet("gt", per_image)
     if not len(boxes):
+        if dataset.all_crowds:
+            raise InputError(
+                f"{dataset.source} marks all of its {dataset.crowd_count} objects as crowds (iscrowd 1), as CVAT's "
+                "export does with every mask; crowds are no prompts and COCO's AP leaves them out, so set iscrowd to 0 "
+                "in the file, or export polygons."
+            )
         raise InputError(
             f"{dataset.source} has no box that can serve as a prompt (all are crowds or have no area): "
             "give a detector's results file with --boxes."
@@ -178,15 +179,16 @@ def _select(
     """The usable detections of every image of the dataset, and how many were unknown, clipped, outside or low.
 
     Raises:
-      InputError: if an entry is malformed, or most boxes look like corners.
+      InputError: if an entry is malformed, or its boxes are not written as COCO writes them.
     """
     sizes = {item.image_id: (item.width, item.height) for item in dataset.items}
     categories = set(dataset.coco.cats)
     kept: dict[int, list[_Detection]] = {image_id: [] for image_id in sizes}
     counts: Counter[str] = Counter()
-    looks_like_corners = True
+    written: list[XYWH] = []
+    limits: list[tuple[int, int]] = []
     for number, entry in enumerate(document):
-        image_id, category_id, (x, y, w, h), score = _parse_detection(entry, path, number)
+        image_id, category_id, as_written, score = _parse_detection(entry, path, number)
         if image_id not in sizes:
             counts["unknown"] += image_id not in dataset.listed_ids
             continue
@@ -198,9 +200,9 @@ def _select(
             )
         counts["total"] += 1
         width, height = sizes[image_id]
-        counts["leaving"] += x + w > width + _ROUNDING_PIXELS or y + h > height + _ROUNDING_PIXELS
-        looks_like_corners &= x < w <= width + _ROUNDING_PIXELS and y < h <= height + _ROUNDING_PIXELS
-        box, was_clipped = clip_box(x, y, w, h, width, height)
+        written.append(as_written)
+        limits.append((width, height))
+        box, was_clipped = clip_box(*as_written, width, height)
         if score < min_score:
             counts["low"] += 1
         elif without_area(box):
@@ -208,11 +210,8 @@ def _select(
         else:
             counts["clipped"] += was_clipped
             kept[image_id].append(_Detection(score, category_id, box))
-    if counts["total"] and looks_like_corners and counts["leaving"] > _CORNER_SHARE * counts["total"]:
-        raise InputError(
-            f"{path} holds boxes that leave the image as [x, y, width, height] but fit as [x0, y0, x1, y1]: "
-            "write width and height as the third and fourth number."
-        )
+    if wrong := misreading(written, limits, [None] * len(written)):
+        raise InputError(f"{path} holds {wrong}: write COCO's [x, y, width, height] in pixels.")
     return kept, counts
 
 

@@ -60,7 +60,7 @@ BAD_DOCUMENTS = {
         "no valid mask",
     ),
     "annotation is a list": (lambda d: d["annotations"].append([]), "lacks image_id"),
-    "no box": (lambda d: d["annotations"][0].pop("bbox"), "lacks image_id, category_id or bbox"),
+    "no box": (lambda d: d["annotations"][0].pop("bbox"), "lacks bbox: use"),
     "no height": (set_image(height=None), "no positive whole height"),
     "double image": (lambda d: d["images"].append(d["images"][0]), "image id twice"),
     "no image id": (lambda d: d["images"][0].pop("id"), "no integer id"),

@@ -89,5 +89,5 @@ def test_only_crowds_give_no_prompt(example_document, in_memory):
     document = example_document()
     for annotation in document["annotations"]:
         annotation["iscrowd"] = 1
-    with pytest.raises(ValueError, match="--boxes"):
+    with pytest.raises(ValueError, match="crowds .iscrowd 1.*set iscrowd to 0"):
         load_boxes("gt", in_memory(document))
