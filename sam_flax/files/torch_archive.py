@@ -15,11 +15,16 @@ from typing import Any
 import numpy as np
 
 from sam_flax.errors import InputError
-from sam_flax.files.torch_pickle import RESAVE, Refused, Storage, Tensor, interpret, kind_of, short
+from sam_flax.files.torch_pickle import RESAVE, Opaque, Refused, Storage, Tensor, interpret, kind_of, short
 
 # How torch.save began its files before PyTorch 1.6.
 LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 MAX_PICKLE_BYTES = 8 << 20  # the pickle of SAM-H, names and shapes only, takes about 0.1 MB
+# Numbers that tensors may show beyond those stored: where one is expanded, or a storage has many names.
+MAX_REPEATED = 1 << 26
+# Under what a state dict is found in the checkpoints that training writes, the first that is there.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights")
+MAX_WRAPPERS = 4
 
 
 def is_torch_zip(head: bytes) -> bool:
@@ -35,7 +40,8 @@ def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
 def read_torch_file(path: Path) -> dict[str, np.ndarray]:
     """Reads a state dict that `torch.save` wrote in its zip format.
 
-    A state dict inside `{"model": ...}`, `{"state_dict": ...}` or `{"model_state_dict": ...}` is found.
+    A state dict inside `{"model": ...}`, `{"state_dict": ...}`, `{"net": ...}` and their like is found, at some depth;
+    what stands beside the tensors is left out.
 
     Args:
         path: the file.
@@ -79,19 +85,15 @@ def _read_archive(archive: zipfile.ZipFile, file_size: int) -> dict[str, np.ndar
     byteorder = records.get(f"{top}byteorder")
     big_endian = byteorder is not None and archive.read(byteorder) == b"big"
 
-    described = _unwrap(interpret(archive.read(info)))
+    described = _tensors_of(interpret(archive.read(info)))
     storages: dict[Storage, np.ndarray] = {}
-    arrays: dict[str, np.ndarray] = {}
-    for name, tensor in described.items():
-        if not isinstance(name, str):
-            raise Refused(f"has a key of type {type(name).__name__} where a parameter name belongs; {RESAVE}")
-        if not isinstance(tensor, Tensor):
-            raise Refused(
-                f"holds a {kind_of(tensor)} under {name[:80]!r} where a tensor belongs; {RESAVE} and nothing else"
-            )
+    for tensor in described.values():
         if tensor.storage not in storages:
             storages[tensor.storage] = _read_storage(archive, records, top, tensor.storage, big_endian)
-        arrays[name] = _view(name, tensor, storages[tensor.storage])
+    arrays = {name: _view(name, tensor, storages[tensor.storage]) for name, tensor in described.items()}
+    viewed, held = sum(a.size for a in arrays.values()), sum(s.size for s in storages.values())
+    if viewed - held > MAX_REPEATED:
+        raise Refused(f"shows its {held} numbers as {viewed}, far more than models share; {RESAVE}")
     return arrays
 
 
@@ -139,8 +141,7 @@ def _view(name: str, tensor: Tensor, storage: np.ndarray) -> np.ndarray:
     shape, stride = tensor.shape, tensor.stride
     count = math.prod(shape)
     last = tensor.offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    # An expanded tensor (stride 0) could declare any size in a few bytes; no parameter is one.
-    if count > storage.size or (count and last >= storage.size):
+    if (count and last >= storage.size) or count - storage.size > MAX_REPEATED:
         raise Refused(
             f"declares tensor {name[:80]!r} of shape {short(shape)} outside its storage of {storage.size} "
             "elements; download or copy it again"
@@ -151,17 +152,72 @@ def _view(name: str, tensor: Tensor, storage: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(storage[tensor.offset :], shape, strides, writeable=False)
 
 
-def _unwrap(value: Any) -> dict[Any, Any]:
-    for _ in range(3):
-        if not isinstance(value, dict):
-            raise Refused(f"holds a {kind_of(value)} where a state dict belongs; {RESAVE}")
-        inner = [value[k] for k in ("state_dict", "model_state_dict", "model") if isinstance(value.get(k), dict)]
-        if not inner:
-            break
-        value = inner[0]
-    if not value:
+def _tensors_of(value: Any) -> dict[str, Tensor]:
+    """The tensors by name of the state dict that a file holds, alone or beside whatever else a training run saves."""
+    entries = _state_dict(value)
+    if not entries:
         raise Refused(f"holds an empty state dict; {RESAVE}")
-    return value
+    tensors = dict(filter(_is_named_tensor, entries.items()))
+    if not tensors:
+        name, other = next(iter(entries.items()))
+        if not isinstance(name, str):
+            raise Refused(f"has a key of type {kind_of(name)} where a parameter name belongs; {RESAVE}")
+        raise Refused(f"holds a {kind_of(other)} under {short(name)!r} where a tensor belongs; {RESAVE}")
+    return tensors
+
+
+def _state_dict(value: Any) -> dict[Any, Any]:
+    """The dictionary that holds tensors, behind at most `MAX_WRAPPERS` others."""
+    for _ in range(MAX_WRAPPERS):
+        entries = _entries(value)
+        if entries is None:
+            break
+        inner = {k: v for k, v in entries.items() if isinstance(k, str) and _entries(v)}
+        found = {k: v for k, v in inner.items() if any(map(_is_named_tensor, (_entries(v) or {}).items()))}
+        if known := [inner[k] for k in WRAPPERS if k in inner]:
+            value = known[0]
+        elif any(map(_is_named_tensor, entries.items())) or not found:
+            return entries
+        elif len(found) > 1:
+            names = ", ".join(repr(short(name)) for name in list(found)[:8])
+            raise Refused(f"holds several dictionaries of tensors ({names}), none of a usual name; {RESAVE} alone")
+        else:
+            (value,) = found.values()
+    entries = _entries(value)
+    if entries is None:
+        raise Refused(f"holds a {kind_of(value)} where a state dict belongs; {RESAVE}")
+    return entries
+
+
+def _entries(value: Any) -> dict[Any, Any] | None:
+    """The entries of a dictionary of any class, or the state dict of a whole module; None for other values."""
+    if not isinstance(value, Opaque):
+        return value if isinstance(value, dict) else None
+    if "_modules" in value.entries:
+        return _module_state(value)
+    return value.entries or None
+
+
+def _module_state(module: Opaque) -> dict[Any, Any]:
+    """The state dict of a module that was saved whole, by walking its parameters, buffers and parts."""
+    state: dict[Any, Any] = {}
+    seen, left = {id(module)}, [("", module)]
+    while left:
+        prefix, part = left.pop()
+        for group in ("_parameters", "_buffers"):
+            for name, value in (_entries(part.entries.get(group)) or {}).items():
+                if _is_named_tensor((name, value)):
+                    state[prefix + name] = value
+        for name, child in (_entries(part.entries.get("_modules")) or {}).items():
+            # Each part once, and not as deep as no model is: the file may say anything.
+            if isinstance(child, Opaque) and isinstance(name, str) and id(child) not in seen and len(prefix) < 1000:
+                seen.add(id(child))
+                left.append((f"{prefix}{name}.", child))
+    return state
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,9 @@
 """What the tests of weights share: a tiny SAM as the official code saved it, and how a file must be refused."""
 
-import encodings.cp437  # noqa: F401  # what zipfile first decodes a name with; importing it later would look like harm
+# What zipfile and pickletools decode names with: importing them later would look like harm.
+import encodings.ascii
+import encodings.cp437
+import encodings.raw_unicode_escape  # noqa: F401
 import sys
 from collections.abc import Callable
 from pathlib import Path

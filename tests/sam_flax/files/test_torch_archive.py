@@ -1,11 +1,13 @@
 """torch.save's files: read exactly, and nothing in a harmful or damaged one runs."""
 
+import argparse
 import io
 import json
 import pickle
+import random
 import struct
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sam_flax import load_sam
 from sam_flax.files.convert import convert
 from sam_flax.files.tensor_files import read_state_dict
 
@@ -142,6 +145,97 @@ def test_protocol_4_parameters_and_metadata(tmp_path):
     np.testing.assert_array_equal(read["w"], W)
 
 
+@pytest.mark.parametrize("file", ["training_checkpoint_s0", "whole_module_s0"])
+def test_what_training_saves(data_dir, file):
+    """PyTorch 2.13 wrote these: weights under "net" beside an `argparse.Namespace`, an optimizer's state, NumPy scalars
+    and arrays, random states, devices, dtypes, paths, sets, enums and objects of unknown classes; and a whole module.
+    """
+    read = read_state_dict(data_dir / f"{file}.pth")
+    assert {name: value.tolist() for name, value in read.items()} == {
+        "count": [7],
+        "lin.weight": [[0, 1, 2], [3, 4, 5]],
+        "lin.bias": [1, 1],
+        "child.0.weight": [[1, 0], [0, 1]],
+    }
+
+
+class Custom:
+    """A class that the reader has never heard of."""
+
+    def __init__(self) -> None:
+        self.value = {"lr": 0.1}
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_objects_beside_tensors_are_left_out(tmp_path, protocol, survives):
+    beside = {
+        "args": argparse.Namespace(lr=0.1, path=PurePosixPath("/data"), inner=argparse.Namespace()),
+        "random": random.Random(0).getstate(),
+        "numpy": (np.float32(1), np.int64(2), np.arange(3), np.dtype("f4"), np.random.default_rng(0)),
+        "many": [{1, 2}, frozenset(), 1 << 90, -1, 1.5, None, True, b"x", bytearray(b"y"), "z", (), [[]], {"a": {}}],
+        "custom": Custom(),
+        "function": len,
+        "range": slice(1, 2),
+        1: 2,
+        (1, 2): 3,
+    }
+    entries = pickle.dumps(beside, protocol)[2 if protocol > 1 else 0 : -1]
+    path = tmp_path / "w.pth"
+    for wrap in ("net", "student", "ema", "model_state"):
+        pickled = b"\x80\x02" + entries + text(wrap) + mapping([("w", tensor("0", W)), ("note", b"N")]) + b"s."
+        write_zip(path, pickled, {"0": W.tobytes()})
+        survives(path, read_state_dict)
+        np.testing.assert_array_equal(read_state_dict(path)["w"], W)
+        assert read_state_dict(path).keys() == {"w"}
+
+
+def test_which_of_several_dictionaries(tmp_path, refused):
+    state, other = mapping([("w", tensor("0", W))]), mapping([("w", tensor("0", W, shape=(2,)))])
+    path = tmp_path / "w.pth"
+    for items, length in (
+        ([("student", state), ("teacher", other)], None),
+        ([("ema", other), ("model", state)], 12),
+        ([("model", mapping([("state_dict", mapping([("net", state)]))]))], 12),
+        ([("w", tensor("0", W)), ("ema", other)], 12),
+    ):
+        write_zip(path, b"\x80\x02" + mapping(items) + b".", {"0": W.tobytes()})
+        if length is None:
+            refused(lambda: read_state_dict(path), "'student', 'teacher'", "several")
+        else:
+            assert len(read_state_dict(path)["w"]) == length
+
+
+def test_one_storage_under_many_names(tmp_path, tiny_state):
+    """Views share their storage, overlap or not; names of one view share an array in the loaded model too."""
+    values = np.arange(200_000, dtype=np.float32)
+    items = [(f"w{i}", tensor("0", values)) for i in range(100)]
+    items += [("rows", tensor("0", values, shape=(199_998, 3), stride=(1, 1)))]
+    items += [("expanded", tensor("0", values, shape=(4, 200_000), stride=(0, 1)))]
+    path = write_zip(tmp_path / "w.pth", b"\x80\x02" + mapping(items) + b".", {"0": values.tobytes()})
+    read = read_state_dict(path)
+    assert all(np.shares_memory(array, read["w0"]) for array in read.values())
+    np.testing.assert_array_equal(read["rows"][5], [5, 6, 7])
+    np.testing.assert_array_equal(read["expanded"][3], values)
+
+    block = "image_encoder.blocks.{}.mlp.lin1.weight"
+    order = list(tiny_state)
+    tied = {block.format(i): str(order.index(block.format(0))) for i in range(4)}
+    pickled = mapping((n, tensor(tied.get(n, str(i)), tiny_state[n])) for i, n in enumerate(order))
+    raw = {str(i): tiny_state[n].astype("<f4").tobytes() for i, n in enumerate(order)}
+    _, params = load_sam(write_zip(path, b"\x80\x02" + pickled + b".", raw), decoder_num_heads=4)
+    kernels = [params["image_encoder"][f"blocks_{i}"]["mlp"]["lin1"]["kernel"] for i in range(4)]
+    assert all(kernel is kernels[0] for kernel in kernels)
+    np.testing.assert_array_equal(kernels[3], tiny_state[block.format(0)].T)
+    others = [params["image_encoder"][f"blocks_{i}"]["mlp"]["lin2"]["kernel"] for i in range(4)]
+    assert len({id(kernel) for kernel in others}) == 4
+
+
+def test_more_numbers_shown_than_models_share(tmp_path, refused):
+    items = [(f"w{i}", tensor("0", W, shape=(1 << 20,), stride=(0,))) for i in range(65)]
+    path = write_zip(tmp_path / "w.pth", b"\x80\x02" + mapping(items) + b".", {"0": W.tobytes()})
+    refused(lambda: read_state_dict(path), "far more")
+
+
 # ---------------------------------------------------------------------------------------------------- refused
 
 
@@ -220,7 +314,7 @@ PICKLES = {
     "endless name": (b"\x80\x02c" + b"a" * 1000, "name does not end"),
     "name not text": (b"\x80\x02c\xff\xfe\nx\n.", "UTF-8"),
     "stack global of numbers": (b"\x80\x04K\x01K\x02\x93.", "not text"),
-    "new object opcode": (b"\x80\x02)\x81.", "opcode"),
+    "new object of nothing": (b"\x80\x02)\x81.", "stack"),
     "extension opcode": (b"\x80\x02\x82\x01.", "opcode"),
     "bad call": (b"\x80\x02ccollections\nOrderedDict\nNR.", "call"),
     "bad storage": (b"\x80\x02NQ.", "storage"),
