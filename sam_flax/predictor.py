@@ -1,6 +1,6 @@
 """`SamPredictor`: segment_anything's interface over any SAM of this package, floating point or quantized."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,10 @@ from sam_flax import preprocessing
 from sam_flax.config import SamConfig
 from sam_flax.errors import InputError
 from sam_flax.sam import Params, Points, Sam, SamModel
+
+# No picture has such pixels, and what is computed of larger ones means nothing; logits only must not overflow.
+LARGEST_COORDINATE = 1e6
+LARGEST_LOGIT = 1e12
 
 
 class MaskModel(Protocol):
@@ -225,8 +229,8 @@ class SamPredictor:
         return self.features
 
 
-def _check(name: str, array: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:
-    """The array if its shape fits (None: any size but zero) and it holds finite numbers."""
+def _check(name: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+    """The argument as numbers that float32 holds, if its shape fits (None: any size but zero)."""
     array = _numbers(name, array)
     fits = array.ndim == len(shape) and all(m > 0 and n in (None, m) for n, m in zip(shape, array.shape, strict=True))
     if not fits:
@@ -236,15 +240,22 @@ def _check(name: str, array: np.ndarray, shape: tuple[int | None, ...]) -> np.nd
         )
     if not np.isfinite(array).all():
         raise InputError(f"{name} contains NaN or infinity; remove those prompts.")
+    limit, remedy = LARGEST_COORDINATE, "pixels of the original image"
+    if name == "mask_input":
+        limit, remedy = LARGEST_LOGIT, "logits of an earlier prediction"
+    if (largest := np.abs(array.astype(np.float64)).max()) > limit:
+        raise InputError(f"{name} contains {largest:.3g}, beyond {limit:.0e}; give {remedy}.")
     return array
 
 
-def _numbers(name: str, array: np.ndarray) -> np.ndarray:
-    """The argument as an array of real numbers."""
+def _numbers(name: str, array: Any) -> np.ndarray:
+    """The argument as an array of real numbers of one of NumPy's own types."""
     try:
         array = np.asarray(array)
-    except ValueError:  # rows of different lengths
+    except (ValueError, OverflowError):  # rows of different lengths, an integer of hundreds of digits
         array = np.array(None)
+    if array.dtype.kind == "V" and jnp.issubdtype(array.dtype, jnp.number):  # bfloat16 and its like
+        array = array.astype(np.float32)
     if array.dtype.kind not in "fiub":
         raise InputError(f"{name} is not an array of numbers; give a NumPy array of int or float.")
     return array

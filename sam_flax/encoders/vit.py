@@ -170,13 +170,19 @@ def attend_in_parts(
         parts = [a.reshape(groups // together, together, *a.shape[1:]) for a in (q, k, v, bias_h, bias_w)]
         return jax.tree.map(lambda a: a.reshape(groups, n, -1), jax.lax.map(attend_part, parts))
 
-    chunk = QUERY_CHUNK if n % QUERY_CHUNK == 0 else n
+    # One head's map. Where its queries fall into no whole chunks, it is made at once as long as it may be.
+    chunk = QUERY_CHUNK if n % QUERY_CHUNK == 0 or one_map > MAX_ATTENTION_BYTES else n
+    whole_chunks = n - n % chunk
 
     def one_head(head: tuple[jax.Array, ...]) -> Any:
         q, k, v, bh, bw = head
-        chunks = [a.reshape(n // chunk, chunk, a.shape[-1]) for a in (q, bh, bw)]
+        chunks = [a[:whole_chunks].reshape(-1, chunk, a.shape[-1]) for a in (q, bh, bw)]
         out = jax.lax.map(lambda c: attend_part((c[0], k, v, c[1], c[2])), chunks)
-        return jax.tree.map(lambda a: a.reshape(n, -1), out)
+        out = jax.tree.map(lambda a: a.reshape(whole_chunks, -1), out)
+        if whole_chunks == n:
+            return out
+        rest = attend_part((q[whole_chunks:], k, v, bh[whole_chunks:], bw[whole_chunks:]))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)
 
     return jax.lax.map(one_head, (q, k, v, bias_h, bias_w))
 

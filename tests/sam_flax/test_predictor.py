@@ -106,6 +106,17 @@ def test_masks_are_the_models_at_the_original_size(predictor, model):
     np.testing.assert_array_equal(predictor.get_image_embedding(), np.moveaxis(features, -1, 1))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, np.float64, np.int64, np.uint8, jnp.int4])
+def test_numbers_of_every_type(predictor, dtype):
+    """Values that each of them holds; JAX's small types are not NumPy's."""
+    box = [0, 1, 7, 6]
+    want = predictor.predict(box=np.array(box, np.float32), return_logits=True)
+    for given in (jnp.asarray(box, dtype), np.asarray(jnp.asarray(box, dtype))):
+        got = predictor.predict(box=given, return_logits=True)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_predict_equals_predict_batch(predictor):
     together = predictor.predict_batch(**BATCH, return_logits=True)
     boxes, coords, labels, masks, _ = BATCH.values()
@@ -268,6 +279,13 @@ ONE = [
     ({"box": [10, 60, 50, 70]}, "lies outside the image of 83x60 pixels"),
     ({"box": [10, 12, 50]}, r"box has shape \(3,\) but must be \(4,\)"),
     ({"box": [BOX, BOX]}, r"box has shape \(2, 4\) but must be \(4,\)"),
+    ({"box": [0, 0, 1e300, 1e300]}, "box contains 1e.300, beyond 1e.06; give pixels of the original image"),
+    ({"box": [0, 0, 1e30, 50]}, "box contains 1e.30"),
+    ({"box": [-2e6, 0, 50, 50]}, "box contains 2e.06"),
+    ({"box": [0, 0, 10**400, 50]}, "box is not an array of numbers"),
+    ({"box": [0, 0, 1 << 62, 50]}, "box contains 4.61e.18"),
+    ({"point_coords": [[1e300, 5]], "point_labels": [1]}, "point_coords contains 1e.300"),
+    ({"point_coords": [[5, 5]], "point_labels": [1e300]}, "point_labels"),
     ({"box": "10,12,50,45"}, "box is not an array of numbers"),
     ({"box": [[10, 12], [50]]}, "box is not an array of numbers; give a NumPy array of int or float"),
     (

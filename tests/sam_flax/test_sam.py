@@ -235,16 +235,18 @@ ONE_MAP = 64 * 64 * 4  # bytes of one head's map on 8x8 tokens
 
 
 @pytest.mark.parametrize(
-    ("part", "chunk"),
+    ("part", "chunk", "largest"),
     [
-        (1, 16),
-        (1, 12),  # which does not divide the 64 queries: they stay whole
-        (ONE_MAP, 16),  # head by head
-        (3 * ONE_MAP, 16),  # 3 do not divide the 4 heads: two at a time
+        (1, 16, ONE_MAP),
+        (1, 12, ONE_MAP),  # which does not divide the 64 queries: they stay whole
+        (1, 12, ONE_MAP - 1),  # where the map may not: five chunks and a rest of four queries
+        (1, 63, 1),
+        (ONE_MAP, 16, ONE_MAP),  # head by head
+        (3 * ONE_MAP, 16, ONE_MAP),  # 3 do not divide the 4 heads: two at a time
     ],
 )
 @pytest.mark.parametrize("site", [halve, lambda p: p])
-def test_attention_in_parts_equals_direct(monkeypatch, part, chunk, site):
+def test_attention_in_parts_equals_direct(monkeypatch, part, chunk, largest, site):
     operands = attention_operands(4, 8, 8)
 
     def values_and_gradients() -> Any:
@@ -259,10 +261,20 @@ def test_attention_in_parts_equals_direct(monkeypatch, part, chunk, site):
     direct, direct_gradients = values_and_gradients()
     monkeypatch.setattr(encoder_module, "_attention_bytes", lambda: (1, part))
     monkeypatch.setattr(encoder_module, "QUERY_CHUNK", chunk)
+    monkeypatch.setattr(encoder_module, "MAX_ATTENTION_BYTES", largest)
     out, gradients = values_and_gradients()
     assert_close(out, direct)
     for got, want in zip(gradients, direct_gradients, strict=True):
         assert_close(got, want)
+
+
+@pytest.mark.parametrize("side", [64, 65, 67])
+def test_large_maps_are_never_held_whole(side):
+    """Images of 1024, 1040 and 1072 pixels: 65*65 and 67*67 queries fall into no whole chunks."""
+    shapes = [(2, side**2, 64)] * 3 + [(2, side**2, side)] * 2
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    compiled = jax.jit(lambda *args: attention(*args, halve)).lower(*operands).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < side**4 * 4 / 2
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(6, 9), (9, 6)])
