@@ -114,7 +114,8 @@ def quantize_model(
     """
     check_model(sam, params)
     items = prepare_images(calib, sam, config)
-    return quantize_prepared(sam, params, items, config, progress=progress, state_dir=state_dir, cache=cache)
+    quantized = quantize_prepared(sam, params, items, config, progress=progress, state_dir=state_dir, cache=cache)
+    return quantized.with_rounded_remainder()
 
 
 def prepare_images(calib: Iterable[Any], sam: Sam, config: QuantConfig) -> list[CalibrationImage]:

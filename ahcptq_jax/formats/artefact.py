@@ -8,24 +8,27 @@ What a file holds, named by path:
 | `weights/<layer>/codes` | uint8 | packed codes (`packing.pack`), C order of the kernel |
 | `weights/<layer>/scale` | float32 (out,) | step of each output channel |
 | `weights/<layer>/zero_point` | uint8 (out,) | its code of the value 0 |
-| `activations/<site>` | float32 (fields, ...) | the quantizer's numbers, one row a field, see `FIELDS` |
-| `activations/<site>/groups` | uint8 or uint16 (C,) | grouped quantizers: label of each channel |
+| `activations/<site>` | float32 (fields, ...) | the quantizer's numbers, one row for each of its kind's `fields` |
+| `activations/<site>/<field>` | uint8 or uint16 (C,) | a whole number per channel, such as CAG's group labels |
 
-The metadata has the format and its version, both configurations, the static fields of every weight and quantizer
-(kind, bits, shape), and SHA-256 checksums: one for each tensor in the order of the header, and one for the header
-itself, taken with its own digits replaced by zeros. Every byte of a file is under one of them. Nothing in a file is
-executed, and nothing is allocated by what a file declares before the file has been found to be as long as that.
+The metadata has the format and its version, the model's configuration, and for every weight and quantizer its kind,
+bits, shape and whatever else its kind has that is no tensor. So a file names all that reading it needs. How the model
+came about (`provenance`: the settings and the package's version, and what the caller adds) stands beside it as free
+JSON that nothing depends on. SHA-256 checksums, one for each tensor in the order of the header and one for the header
+itself, taken with its own digits replaced by zeros, cover every byte. Nothing in a file is executed, and nothing is
+allocated by what a file declares before the file has been found to be as long as that.
 
-With `remainder="fp32"` a loaded model is the saved one, bit for bit. With "fp16" what stays in floating point is
-rounded to 11 significant bits (below 2^-14 to a multiple of 2^-24); packed weights and quantizers are exact still. An
-activation near a rounding boundary may then take the neighbouring code, so that outputs agree as two roundings of one
-model do, not to the last bit.
+A loaded model is the saved one, bit for bit: a parameter is stored in float16 where all its values are float16's, as
+`round_remainder` makes them and `quantize` returns them, and else in float32.
+
+Version 1, still read, has no kinds of weights, and the settings in place of the provenance.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -33,7 +36,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +48,7 @@ from ahcptq_jax.quantizers.kinds import Kind, kind_named, kind_names, kind_of
 from ahcptq_jax.recipe import RULES
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from sam_flax.config import SamConfig
+from sam_flax.errors import InputError
 from sam_flax.files.checkpoint import parse_config
 from sam_flax.files.parameters import parameter_shapes
 from sam_flax.files.tensor_files import MAX_HEADER_BYTES, unique_keys
@@ -53,10 +57,8 @@ from sam_flax.files.writing import write_whole
 from sam_flax.sam import Sam
 
 FORMAT = "ahcptq_jax"
-VERSION = 1
+VERSION = 2
 
-Remainder = Literal["fp16", "fp32"]
-REMAINDERS: dict[str, type] = {"fp16": np.float16, "fp32": np.float32}
 _DIGEST = re.compile(rb'"header_sha256":"([0-9a-f]{64})"')
 _NO_DIGEST = "0" * 64
 _DTYPES = {"F16": np.float16, "F32": np.float32, "U8": np.uint8, "U16": np.uint16}
@@ -66,24 +68,20 @@ _REMEDY = "save it again with Quantized.save, or copy it again"
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def tensors_of(quantized: Quantized, remainder: Remainder = "fp16") -> dict[str, np.ndarray]:
+def tensors_of(quantized: Quantized) -> dict[str, np.ndarray]:
     """What the file of a model holds, in the order of the file: tensor name -> array, as in the module's table.
 
     Raises:
-        ValueError: if a number is not finite in the type of the remainder, or a quantizer is not sound.
+        ValueError: if a number is not finite, or a quantizer is not sound.
     """
-    if remainder not in REMAINDERS:
-        raise ValueError(f"remainder={remainder!r} must be 'fp16' or 'fp32'.")
     tensors: dict[str, np.ndarray] = {}
     for path, value in flatten(quantized.params).items():
-        with np.errstate(over="ignore"):
-            array: np.ndarray = np.asarray(value).astype(REMAINDERS[remainder])
+        array = np.asarray(value, np.float32)
         if not np.isfinite(array).all():
-            raise ValueError(
-                f"Parameter {path} has values that are not finite as {remainder}; "
-                + ("save with remainder='fp32'." if remainder == "fp16" else "quantize a sound checkpoint.")
-            )
-        tensors[f"params/{path}"] = array
+            raise ValueError(f"Parameter {path} has values that are not finite; quantize a sound checkpoint.")
+        with np.errstate(over="ignore"):
+            half: np.ndarray = array.astype(np.float16)
+        tensors[f"params/{path}"] = half if np.array_equal(half, array) else array
     for layer, weight in quantized.weights.items():
         _check(f"Weight {layer}", Uniform(weight.scale, weight.zero_point, weight.bits), weight.shape[-1])
         tensors[f"weights/{layer}/codes"] = np.asarray(weight.packed)
@@ -109,25 +107,36 @@ def _check(source: str, quantizer: Quantizer, channels: int | None = None) -> No
         raise ValueError(f"{source} is not sound: {error}.") from None
 
 
-def header_bytes(quantized: Quantized, tensors: Mapping[str, np.ndarray], checksums: bool = True) -> bytes:
+def header_bytes(
+    quantized: Quantized,
+    tensors: Mapping[str, np.ndarray],
+    provenance: Mapping[str, Any] | None = None,
+    *,
+    checksums: bool = True,
+) -> bytes:
     """What stands before the tensors' bytes: the length of the header, and the header.
 
     Args:
         quantized: the model.
         tensors: what `tensors_of` returns for it.
+        provenance: what the caller adds to it, serializable as JSON.
         checksums: False writes zeros for them; the length is the same.
     """
-    names = {np.dtype(value): key for key, value in _DTYPES.items()}
     digests = [hashlib.sha256(t.data).hexdigest() if checksums else _NO_DIGEST for t in tensors.values()]
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "sam_config": quantized.config.to_dict(),
-        "quant_config": dataclasses.asdict(quantized.quant_config),
-        "weights": {k: {"bits": w.bits, "shape": list(w.shape)} for k, w in sorted(quantized.weights.items())},
-        "activations": {k: {"kind": kind_of(a).name, "bits": a.bits} for k, a in sorted(quantized.activations.items())},
+        "weights": {k: _static_of_weight(w) for k, w in sorted(quantized.weights.items())},
+        "activations": {k: _static_of(a) for k, a in sorted(quantized.activations.items())},
+        "provenance": {
+            "package": _package(),
+            "quant_config": dataclasses.asdict(quantized.quant_config),
+            **(provenance or {}),
+        },
         "sha256": digests,
     }
+    names = {np.dtype(value): key for key, value in _DTYPES.items()}
     text: dict[str, str] = {k: v if isinstance(v, str) else _json(v) for k, v in metadata.items()}
     text["header_sha256"] = _NO_DIGEST
     header: dict[str, Any] = {"__metadata__": text}
@@ -143,27 +152,45 @@ def header_bytes(quantized: Quantized, tensors: Mapping[str, np.ndarray], checks
     return struct.pack("<Q", len(raw)) + raw
 
 
+def _package() -> str:
+    try:
+        return f"ahcptq_jax {importlib.metadata.version('ahcptq-jax')}"
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "ahcptq_jax"
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def save(quantized: Quantized, path: str | os.PathLike[str], remainder: Remainder = "fp16") -> None:
+def _static_of_weight(weight: QuantizedWeight) -> dict[str, Any]:
+    return {"kind": "uniform", "bits": weight.bits, "shape": list(weight.shape)}
+
+
+def _static_of(quantizer: Quantizer) -> dict[str, Any]:
+    kind = kind_of(quantizer)
+    more = {name: getattr(quantizer, name) for name in kind.static_fields}
+    return {"kind": kind.name, "bits": quantizer.bits, **more}
+
+
+def save(quantized: Quantized, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> None:
     """Writes a model as one file, whole or not at all. The same model gives the same bytes.
 
     Args:
         quantized: the model.
         path: the file to write; an existing one is replaced.
-        remainder: type on disk of the parameters left in floating point; see the module for what fp16 costs.
+        provenance: what is to be said of how the model came about, besides its settings; serializable as JSON.
 
     Raises:
-        ValueError: if the model is not sound, or `path` is no place for a file.
+        ValueError: if the model is not sound.
+        InputError: if `path` is no place for a file.
         OSError: if the file cannot be written.
     """
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"The model cannot be saved as {path}; give a file name in an existing directory.")
-    tensors = tensors_of(quantized, remainder)
-    header = header_bytes(quantized, tensors)
+        raise InputError(f"The model cannot be saved as {path}; give a file name in an existing directory.")
+    tensors = tensors_of(quantized)
+    header = header_bytes(quantized, tensors, provenance)
     write_whole(path, (header, *(tensor.data for tensor in tensors.values())))
 
 
@@ -183,7 +210,7 @@ def load(path: str | os.PathLike[str], config: SamConfig | None = None) -> Quant
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, of another kind or a newer version, or its parts do not fit together, or
+        InputError: if the file is damaged, of another kind or a newer version, or its parts do not fit together, or
             it is another model's.
     """
     path = Path(path)
@@ -202,9 +229,24 @@ def load(path: str | os.PathLike[str], config: SamConfig | None = None) -> Quant
             )
         return _build(found, metadata, tensors)
     except _Refused as error:
-        raise ValueError(f"Quantized model {path} {error}.") from None
+        raise InputError(f"Quantized model {path} {error}.") from None
     except OSError as error:
-        raise ValueError(f"Quantized model {path} cannot be read ({error.strerror}); give a readable file.") from None
+        raise InputError(f"Quantized model {path} cannot be read ({error.strerror}); give a readable file.") from None
+
+
+def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file says of how its model came about; `load` checks the rest of it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        InputError: if the file is damaged or of another kind.
+    """
+    path = Path(path)
+    try:
+        metadata, _ = _read(path)
+        return _provenance(metadata)
+    except _Refused as error:
+        raise InputError(f"Quantized model {path} {error}.") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -286,7 +328,7 @@ def _is_shape(shape: Any) -> bool:
 
 def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Quantized:
     """The model of a file; every part is checked against the configuration."""
-    quant_config = _quant_config(_parse(metadata.get("quant_config")))
+    quant_config = _quant_config(_provenance(metadata).get("quant_config"))
     # The tensors bound what a configuration can cost.
     if max(config.depth, config.decoder_depth, config.num_multimask_outputs, config.iou_head_depth) > len(tensors):
         raise _Refused(f"has a configuration of more layers than its {len(tensors)} tensors; {_REMEDY}")
@@ -306,10 +348,12 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
         bits = static.get("bits") if isinstance(static, dict) else None
         if f"{layer}/input" not in sites or type(bits) is not int or static.get("shape") != list(shape or ()):
             raise _Refused(f"describes a quantized weight {shown(layer)} that its model does not have; {_REMEDY}")
+        if static.get("kind", "uniform") != "uniform":
+            raise _Refused(f"has a weight {shown(layer)} of a kind that is not read here; update the package")
         assert shape is not None
         zero_point = take(f"weights/{layer}/zero_point", shape[-1:], np.uint8).astype(np.float32)
         scale = take(f"weights/{layer}/scale", shape[-1:], np.float32)
-        _sound(layer, kind_named("uniform"), shape[-1], scale=scale, zero_point=zero_point, bits=bits)
+        _sound(layer, kind_named("uniform"), shape[-1], {"scale": scale, "zero_point": zero_point}, {"bits": bits})
         packed = take(f"weights/{layer}/codes", (packing.packed_size(math.prod(shape), bits),), np.uint8)
         weights[layer] = QuantizedWeight(jnp.asarray(packed), jnp.asarray(scale), jnp.asarray(zero_point), shape, bits)
 
@@ -330,7 +374,7 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
                 raise _Refused(f"describes the channels of {shown(site)}, which has none; {_REMEDY}")
             values = take(f"activations/{site}/{field}", (channels,), np.uint8, np.uint16)
             fields[field] = values.astype(np.int32)
-        activations[site] = _sound(site, kind, channels, bits=bits, **fields)
+        activations[site] = _sound(site, kind, channels, fields, _static_fields(site, kind, static))
 
     params: dict[str, Any] = {}
     for path, shape in shapes.items():
@@ -343,11 +387,21 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
     return Quantized(unflatten(params), weights, activations, Sam(config), quant_config)
 
 
-def _sound(name: str, kind: Kind, channels: int | None, *, bits: int, **fields: np.ndarray) -> Any:
+def _static_fields(name: str, kind: Kind, static: Mapping[str, Any]) -> dict[str, int]:
+    """The whole numbers of a quantizer that are no tensors; those that a file does not have are at their defaults."""
+    fields = {key: static[key] for key in ("bits", *kind.static_fields) if key in static}
+    if any(type(value) is not int for value in fields.values()):
+        raise _Refused(f"describes a quantizer {shown(name)} that its model does not have; {_REMEDY}")
+    return fields
+
+
+def _sound(
+    name: str, kind: Kind, channels: int | None, fields: Mapping[str, np.ndarray], static: Mapping[str, int]
+) -> Any:
     """A validated quantizer with JAX arrays."""
     try:
-        quantizer = kind.quantizer(**fields, bits=bits).validate(channels)
-    except ValueError as error:
+        quantizer = kind.quantizer(**fields, **static).validate(channels)
+    except (TypeError, ValueError) as error:
         raise _Refused(f"has an unsound quantizer for {shown(name)}: {error}; {_REMEDY}") from None
     arrays = {k: jnp.asarray(v, jnp.int32 if k in kind.whole_fields else None) for k, v in fields.items()}
     return dataclasses.replace(quantizer, **arrays)
@@ -361,16 +415,30 @@ def _sam_config(metadata: Mapping[str, Any]) -> SamConfig:
         raise _Refused(f"has no usable model configuration ({reason}); {_REMEDY}") from None
 
 
-def _quant_config(values: dict[str, Any]) -> QuantConfig:
-    known = {field.name for field in dataclasses.fields(QuantConfig)}
-    if values.keys() != known:
-        # A default in place of a missing value would be a guess at how the file was made.
-        different = shown(", ".join(sorted(values.keys() ^ known)))
-        raise _Refused(f"has quantization settings of another package version ({different}); quantize again")
-    try:
-        return QuantConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise _Refused(f"has unusable quantization settings ({error}); {_REMEDY}") from None
+def _provenance(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model came about, as far as the file says; version 1 says its settings alone."""
+    if "quant_config" in metadata:  # version 1
+        return {"quant_config": _parse(metadata["quant_config"])}
+    return _parse(metadata["provenance"]) if "provenance" in metadata else {}
+
+
+def _quant_config(values: Any) -> QuantConfig:
+    """The settings that a file's provenance names, as far as this version of the package knows them.
+
+    What the model computes depends on its quantizers alone, so that a setting which is not known here, or not yet known
+    there, is no reason to refuse a file.
+    """
+    kept = QuantConfig()
+    for field in dataclasses.fields(QuantConfig) if isinstance(values, dict) else ():
+        if field.name in values:
+            value = values[field.name]
+            # What was a tuple is a list in JSON.
+            found: dict[str, Any] = {field.name: tuple(value) if isinstance(value, list) else value}
+            try:
+                kept = dataclasses.replace(kept, **found)
+            except (TypeError, ValueError):
+                continue
+    return kept
 
 
 def quantizable_sites(config: SamConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int | None]:

@@ -7,8 +7,6 @@ import math
 import re
 from collections import defaultdict
 
-import numpy as np
-
 from ahcptq_jax.formats import artefact
 from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.recipe import weight_path
@@ -23,7 +21,7 @@ class Row:
     Attributes:
         name: path of the layer, of the site, or of the part.
         shape: of the kernel; empty where there is none.
-        w_bits: width of its weights' codes; None where there are none, 16 or 32 in floating point.
+        w_bits: width of its weights' codes; None where there are none, 16 or 32 (of the widest) in floating point.
         a_bits: width of its input's codes, or the site's; None in floating point.
         kind: of the activation quantizer, "" for none.
         groups: distinct scales of the activation quantizer, 0 for none.
@@ -90,13 +88,13 @@ class Summary:
         return "\n".join([line(head), rule, *map(line, body), rule, line(total)])
 
 
-def summarize(quantized: Quantized, remainder: artefact.Remainder = "fp16") -> Summary:
-    """The summary of a model as `save` would write it with the same `remainder`; the total is the file's size.
+def summarize(quantized: Quantized) -> Summary:
+    """The summary of a model as `save` writes it; the total is the file's size.
 
     Raises:
         ValueError: as `save` does, if the model is not sound.
     """
-    tensors = artefact.tensors_of(quantized, remainder)
+    tensors = artefact.tensors_of(quantized)
     rows = []
     paths = {weight_path(site) or site for site in quantized.activations} | set(quantized.weights)
     for path in sorted(paths, key=_by_number):
@@ -122,11 +120,13 @@ def summarize(quantized: Quantized, remainder: artefact.Remainder = "fp16") -> S
             )
         )
     parts: dict[str, int] = defaultdict(int)
+    widest: dict[str, int] = defaultdict(int)  # bits
     for name, tensor in tensors.items():
         if name.startswith("params/"):
-            parts["/".join(name.split("/")[1:3])] += tensor.nbytes
-    float_bits = 8 * np.dtype(artefact.REMAINDERS[remainder]).itemsize
-    rows += [Row(f"{part} (float)", (), float_bits, None, "", 0, "", size) for part, size in sorted(parts.items())]
+            part = "/".join(name.split("/")[1:3])
+            parts[part] += tensor.nbytes
+            widest[part] = max(widest[part], 8 * tensor.itemsize)
+    rows += [Row(f"{part} (float)", (), widest[part], None, "", 0, "", size) for part, size in sorted(parts.items())]
     header = len(artefact.header_bytes(quantized, tensors, checksums=False))
     rows.append(Row("header (names, shapes, configuration, checksums)", (), None, None, "", 0, "", header))
     original = sum(math.prod(shape) for shape in parameter_shapes(quantized.config).values())

@@ -103,7 +103,7 @@ def quantize_reconstructed(
         )
         if folder is not None:
             _save_calibrated(folder, identity, calibrated)
-    return reconstruct(
+    finished = reconstruct(
         sam,
         params,
         calibrated,
@@ -115,6 +115,7 @@ def quantize_reconstructed(
         state_dir=state_dir,
         on_unit=on_unit,
     )
+    return finished.with_rounded_remainder()
 
 
 # The whole calibration is kept: a unit's identity rests on its last bits, which may be others on other processors.
@@ -125,7 +126,7 @@ def _save_calibrated(folder: Path, identity: str, calibrated: Quantized) -> None
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         file = Path(scratch) / "calibrated.safetensors"
-        artefact.save(calibrated, file, remainder="fp32")
+        artefact.save(calibrated, file)
         content = np.frombuffer(file.read_bytes(), np.uint8)
     saved_state.save(folder / _CALIBRATED, identity, {"artefact": content})
 

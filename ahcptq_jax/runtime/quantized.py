@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -197,21 +197,35 @@ class Quantized:
         prompts = (image_embeddings, points, boxes, masks)
         return _apply_decode(self.sam, params, weights, activations, prompts, multimask_output, self.carrier, record)
 
+    def with_rounded_remainder(self) -> "Quantized":
+        """The model with what stays in floating point rounded to float16's values, which halves its share of a file.
+
+        A parameter that is beyond float16's range stays as it is. 11 significant bits (below 2^-14 a multiple of 2^-24)
+        are kept; an activation near a rounding boundary may then take the neighbouring code.
+        """
+
+        def rounded(value: jax.Array) -> jax.Array:
+            half = np.asarray(value, np.float32).astype(np.float16)
+            return jnp.asarray(half, jnp.float32) if np.isfinite(half).all() else value
+
+        with np.errstate(over="ignore"):
+            return dataclasses.replace(self, params=jax.tree.map(rounded, self.params))
+
     def float_params(self) -> Params:
         """All parameters in floating point, quantized weights decoded."""
         return with_decoded(self.params, self.weights)
 
-    def save(self, path: str | os.PathLike[str], remainder: Literal["fp16", "fp32"] = "fp16") -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model as one safetensors file, which `ahcptq_jax.load` reads; see `ahcptq_jax.artefact.save`."""
         from ahcptq_jax.formats import artefact
 
-        artefact.save(self, path, remainder)
+        artefact.save(self, path)
 
-    def summary(self, remainder: Literal["fp16", "fp32"] = "fp16") -> "Summary":
+    def summary(self) -> "Summary":
         """What every layer became and weighs in the file of `save`; print it for a table."""
         from ahcptq_jax.formats import summary
 
-        return summary.summarize(self, remainder)
+        return summary.summarize(self)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held: `fp32` before quantization, `quantized` now (packed codes, quantizers, float remainder)."""

@@ -480,7 +480,7 @@ def test_switches_change_the_kinds_of_the_sites_found(tiny, canvas, switches):
         grid, width = sam.config.grid, sam.config.embed_dim
         x = jnp.zeros((1, grid, grid, width))
         sites, statistics = passes.discover(run, encoder[stage], x, f"image_encoder/{stage}/", config)
-        kinds = dict(sites)
+        kinds = {rule.path: rule.kind for rule in sites}
         assert kinds["mlp/lin2/input"] == ("hybrid" if config.hluq else "uniform")
         assert kinds["attn/qkv/input"] == ("grouped" if config.cag else "uniform")
         assert kinds["attn/softmax"] == ("log2" if config.agq else "uniform")

@@ -24,17 +24,16 @@ from sam_flax.sam import Sam
 
 
 @pytest.fixture(scope="module")
-def files(tiny_quantized, tmp_path_factory):
-    """The same model in both precisions of the remainder."""
-    folder = tmp_path_factory.mktemp("artefact")
-    for remainder in artefact.REMAINDERS:
-        tiny_quantized.save(folder / f"{remainder}.safetensors", remainder)
-    return folder
+def file(tiny_quantized, tmp_path_factory):
+    """The model as a file."""
+    path = tmp_path_factory.mktemp("artefact") / "model.safetensors"
+    tiny_quantized.save(path)
+    return path
 
 
 @pytest.fixture(scope="module")
-def blob(files):
-    return (files / "fp16.safetensors").read_bytes()
+def blob(file):
+    return file.read_bytes()
 
 
 def same(first, second):
@@ -48,25 +47,66 @@ def same(first, second):
 # --- Round trip -------------------------------------------------------------------------------------------------------
 
 
-def test_fp32_is_the_model_bit_for_bit(tiny_quantized, files):
-    loaded = ahcptq_jax.load(files / "fp32.safetensors")
-    assert same(loaded, tiny_quantized)
+def test_what_quantize_returns_is_what_its_file_holds(tiny_quantized, file):
+    """Every bit of it, the float remainder included."""
+    assert same(ahcptq_jax.load(file, tiny_quantized.config), tiny_quantized)
 
 
-def test_fp16_rounds_the_float_part_alone(tiny_quantized, files):
-    loaded = ahcptq_jax.load(files / "fp16.safetensors")
-    assert same((loaded.weights, loaded.activations), (tiny_quantized.weights, tiny_quantized.activations))
-    rounded = jax.tree.map(lambda a: jnp.asarray(a, jnp.float16).astype(jnp.float32), tiny_quantized.params)
-    assert same(loaded.params, rounded)
-    assert not same(loaded.params, tiny_quantized.params)
-    # A rounded model saved again is itself.
-    assert same(ahcptq_jax.load(files / "fp16.safetensors", tiny_quantized.config), loaded)
+def unrounded(model):
+    """The model with a float remainder that float16 cannot hold."""
+    return dataclasses.replace(model, params=jax.tree.map(lambda a: a * 1.0001 + 1e-5, model.params))
 
 
-def test_equal_models_are_equal_files_and_saving_replaces(tiny_quantized, files, tmp_path, blob):
+def test_a_remainder_that_float16_cannot_hold_is_kept_in_float32(tiny_quantized, file, tmp_path):
+    model = unrounded(tiny_quantized)
+    model.save(tmp_path / "model")
+    assert same(ahcptq_jax.load(tmp_path / "model"), model)
+    assert (tmp_path / "model").stat().st_size > file.stat().st_size
+
+
+def test_rounding_the_remainder_changes_nothing_else_and_is_done_once(tiny_quantized):
+    model = unrounded(tiny_quantized)
+    rounded = model.with_rounded_remainder()
+    assert same((rounded.weights, rounded.activations), (model.weights, model.activations))
+    expected = jax.tree.map(lambda a: jnp.asarray(a, jnp.float16).astype(jnp.float32), model.params)
+    assert same(rounded.params, expected) and not same(rounded.params, model.params)
+    assert same(rounded.with_rounded_remainder(), rounded)
+    large = dataclasses.replace(model, params=jax.tree.map(lambda a: a + 1e6, model.params))
+    assert same(large.with_rounded_remainder(), large), "beyond float16's range"
+
+
+def test_provenance_is_free_and_nothing_depends_on_it(tiny_quantized, file, blob, tmp_path):
+    assert artefact.read_provenance(file)["quant_config"]["a_bits"] == 4
+    artefact.save(tiny_quantized, tmp_path / "f", provenance={"method": "mine", "notes": [1, {"a": None}]})
+    assert artefact.read_provenance(tmp_path / "f")["notes"] == [1, {"a": None}]
+    loaded = ahcptq_jax.load(tmp_path / "f")
+    assert same(loaded, tiny_quantized) and loaded.quant_config == tiny_quantized.quant_config
+    for change in (
+        lambda h, m, d: m.pop("provenance"),
+        lambda h, m, d: m.update(provenance={}),
+        lambda h, m, d: m["provenance"].update(quant_config=3),
+        lambda h, m, d: m["provenance"]["quant_config"].update(speed=1, a_bits=99, seed="x"),
+    ):
+        (tmp_path / "f").write_bytes(rebuilt(blob, change))
+        assert same(jax.tree.leaves(ahcptq_jax.load(tmp_path / "f")), jax.tree.leaves(tiny_quantized))
+
+
+def test_files_of_version_1_still_load(data_dir, tiny_quantized, tmp_path):
+    """`data/quantized_v1.safetensors` was written by the last version of the package that wrote version 1."""
+    old = ahcptq_jax.load(data_dir / "quantized_v1.safetensors")
+    assert artefact.read_provenance(data_dir / "quantized_v1.safetensors")["quant_config"]["groups"] == 4
+    assert old.quant_config == ahcptq_jax.W4A4 and old.config == tiny_quantized.config
+    assert jax.tree.structure((old.weights, old.activations)) == jax.tree.structure(
+        (tiny_quantized.weights, tiny_quantized.activations)
+    )
+    old.save(tmp_path / "new")
+    assert same(ahcptq_jax.load(tmp_path / "new"), old)
+
+
+def test_equal_models_are_equal_files_and_saving_replaces(file, tmp_path, blob):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"old")
-    ahcptq_jax.load(files / "fp16.safetensors").save(path)
+    ahcptq_jax.load(file).save(path)
     assert path.read_bytes() == blob
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
@@ -105,7 +145,7 @@ def all_kinds(sam_tiny, bits):
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_width_and_kind_survives(sam_tiny, bits, tmp_path):
     model = all_kinds(sam_tiny, bits)
-    model.save(tmp_path / "model", "fp32")
+    model.save(tmp_path / "model")
     loaded = ahcptq_jax.load(tmp_path / "model")
     assert same(loaded, model) and loaded.quant_config == model.quant_config
     with safe_open(tmp_path / "model", "np") as file:  # any reader of safetensors reads it
@@ -135,9 +175,10 @@ def share_of_float32(config, w_bits, remainder):
             activations[site] = Grouped(np.ones(4), np.zeros(4), np.zeros(channels, int), 4)
         else:
             activations[site] = Log2(1.0, 1, 4)
-    params = unflatten({k: np.zeros(v, np.float32) for k, v in shapes.items()})
+    value = np.float32({"fp16": 1.0, "fp32": 1.0001}[remainder])
+    params = unflatten({k: np.full(v, value) for k, v in shapes.items()})
     model = Quantized(params, weights, activations, Sam(config), ahcptq_jax.W4A4)
-    tensors = artefact.tensors_of(model, remainder)
+    tensors = artefact.tensors_of(model)
     header = artefact.header_bytes(model, tensors, checksums=False)
     return (len(header) + sum(t.nbytes for t in tensors.values())) / original
 
@@ -198,7 +239,7 @@ def rename(old, new):
 QKV = "image_encoder/blocks_0/attn/qkv"
 SOFTMAX = "image_encoder/blocks_0/attn/softmax"
 FORGERIES = {
-    "newer": (lambda h, m, d: m.update(version=2), "is of format version 2 and this package reads up to 1"),
+    "newer": (lambda h, m, d: m.update(version=3), "is of format version 3 and this package reads up to 2"),
     "version zero": (lambda h, m, d: m.update(version=0), "unknown format version 0"),
     "version text": (lambda h, m, d: m.update(version="new"), "header that cannot be read"),
     "other format": (lambda h, m, d: m.update(format="other"), "was not written by Quantized.save"),
@@ -207,9 +248,11 @@ FORGERIES = {
     "deeper": (update("sam_config", "", depth=5, global_attn_indexes=[1, 4]), "does not hold"),
     "huge": (update("sam_config", "", depth=10**6, global_attn_indexes=[]), "more layers than its"),
     "wider": (update("sam_config", "", mlp_ratio=8.0), "does not have"),
-    "setting": (update("quant_config", "", a_bits=9), "unusable quantization settings (a_bits=9"),
-    "setting type": (update("quant_config", "", a_bits="4"), "unusable quantization settings"),
-    "unknown setting": (update("quant_config", "", speed=1), "settings of another package version (speed)"),
+    "provenance": (lambda h, m, d: m.update(provenance=[]), "header that cannot be read"),
+    "weight kind": (update("weights", QKV, kind="cubic"), "of a kind that is not read here"),
+    "unknown kind": (update("activations", SOFTMAX, kind="cubic"), "of the unknown kind cubic; register it"),
+    "static field": (update("activations", SOFTMAX, grid_bits=9), "unsound quantizer"),
+    "static type": (update("activations", SOFTMAX, grid_bits=0.5), "does not have"),
     "bits": (update("weights", QKV, bits=5), "does not hold"),
     "bits float": (update("weights", QKV, bits=4.0), "does not have"),
     "bits list": (update("activations", SOFTMAX, kind=[]), "does not have"),
@@ -250,9 +293,9 @@ def test_forgeries_are_refused(name, blob, tmp_path):
     assert part in refusal(tmp_path / "f", rebuilt(blob, change))
 
 
-def test_an_unchanged_rebuilt_file_loads(blob, files, tmp_path):
+def test_an_unchanged_rebuilt_file_loads(blob, tiny_quantized, tmp_path):
     (tmp_path / "f").write_bytes(rebuilt(blob, lambda *parts: None))
-    assert same(ahcptq_jax.load(tmp_path / "f"), ahcptq_jax.load(files / "fp16.safetensors"))
+    assert same(ahcptq_jax.load(tmp_path / "f"), tiny_quantized)
 
 
 def test_damage_is_named(blob, tmp_path):
@@ -262,7 +305,7 @@ def test_damage_is_named(blob, tmp_path):
     flipped[-1] ^= 1
     assert "checksum of" in refusal(path, flipped)
     flipped = bytearray(blob)
-    flipped[8 + blob[8:].index(b'"version":"1"') + 11] ^= 2
+    flipped[8 + blob[8:].index(b'"version":"2"') + 11] ^= 2
     assert "checksum of its header" in refusal(path, flipped), "not a newer version"
     assert "truncated: it ends inside" in refusal(path, blob[: 8 + length + 5000])
     assert "truncated" in refusal(path, blob[: length // 2])
@@ -271,7 +314,7 @@ def test_damage_is_named(blob, tmp_path):
     assert "not a file by Quantized.save" in refusal(path, b"\x89PNG\r\n\x1a\n" + bytes(100))
 
 
-def test_files_of_others_are_refused(tiny_quantized, files, tmp_path, sam_tiny):
+def test_files_of_others_are_refused(file, tmp_path, sam_tiny):
     path = tmp_path / "float.safetensors"
     save_params(path, sam_tiny[0], sam_tiny[1])
     assert "use sam_flax.load_sam" in refusal(path, path.read_bytes())
@@ -280,19 +323,17 @@ def test_files_of_others_are_refused(tiny_quantized, files, tmp_path, sam_tiny):
     with pytest.raises(ValueError, match="cannot be read"):
         ahcptq_jax.load(tmp_path)
     with pytest.raises(ValueError, match=r"another model, with img_size=128 \(not 160\)"):
-        ahcptq_jax.load(files / "fp16.safetensors", MINI)
+        ahcptq_jax.load(file, MINI)
     with pytest.raises(ValueError, match="quantized model; load it with ahcptq_jax.load"):
-        load_sam(files / "fp16.safetensors")
+        load_sam(file)
 
 
 def test_nothing_half_written(tiny_quantized, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="existing directory"):
         tiny_quantized.save(tmp_path / "none" / "model")
-    with pytest.raises(ValueError, match="remainder='fp8'"):
-        tiny_quantized.save(tmp_path / "model", "fp8")
-    large = jax.tree.map(lambda a: a * 1e6, tiny_quantized.params)
-    with pytest.raises(ValueError, match="remainder='fp32'"):
-        dataclasses.replace(tiny_quantized, params=large).save(tmp_path / "model")
+    infinite = jax.tree.map(lambda a: a * np.float32(np.inf), tiny_quantized.params)
+    with pytest.raises(ValueError, match="not finite"):
+        dataclasses.replace(tiny_quantized, params=infinite).save(tmp_path / "model")
     broken = tiny_quantized.activations | {SOFTMAX: Log2(jnp.float32(np.nan), jnp.int32(1), 4)}
     with pytest.raises(ValueError, match=f"Quantizer {SOFTMAX} is not sound"):
         dataclasses.replace(tiny_quantized, activations=broken).save(tmp_path / "model")
@@ -301,7 +342,7 @@ def test_nothing_half_written(tiny_quantized, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(artefact.os, "replace", full)
-    with pytest.raises(ValueError, match="No space left on device"):
+    with pytest.raises(OSError, match="No space left on device"):
         tiny_quantized.save(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -337,7 +378,7 @@ def forge(rng):
     """A random change of what the header says, with sound checksums."""
 
     def change(header, metadata, data):
-        part = [header, metadata, metadata["sam_config"], metadata["quant_config"], metadata["weights"]]
+        part = [header, metadata, metadata["sam_config"], metadata["provenance"], metadata["weights"]]
         part = [*part, metadata["activations"]][int(rng.integers(0, 6))]
         key = str(rng.choice(sorted(part)))
         if isinstance(part[key], dict) and rng.random() < 0.7:
@@ -365,8 +406,8 @@ def check_refused_or_equal(blob, data, path, original):
         assert same(loaded, original) and loaded.quant_config == original.quant_config
 
 
-def fuzz(blob, files, folder, count):
-    original, forged = ahcptq_jax.load(files / "fp16.safetensors"), 0
+def fuzz(blob, original, folder, count):
+    forged = 0
     for seed in range(count):
         rng = np.random.default_rng(seed)
         check_refused_or_equal(blob, mutant(blob, rng), folder / "f", original)
@@ -383,13 +424,13 @@ def fuzz(blob, files, folder, count):
     assert forged >= count / 2, "most were read"
 
 
-def test_mutated_files_are_refused(blob, files, tmp_path):
-    fuzz(blob, files, tmp_path, 100)
+def test_mutated_files_are_refused(blob, tiny_quantized, tmp_path):
+    fuzz(blob, tiny_quantized, tmp_path, 100)
 
 
 @pytest.mark.slow
-def test_many_mutated_files_are_refused(blob, files, tmp_path):
-    fuzz(blob, files, tmp_path, 3000)
+def test_many_mutated_files_are_refused(blob, tiny_quantized, tmp_path):
+    fuzz(blob, tiny_quantized, tmp_path, 3000)
 
 
 @settings(max_examples=50, deadline=None)

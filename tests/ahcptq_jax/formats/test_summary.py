@@ -1,5 +1,8 @@
 """The summary: every layer once, and every byte of the file."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
@@ -7,10 +10,15 @@ from ahcptq_jax.formats.summary import _by_number
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2
 
 
-@pytest.mark.parametrize("remainder", ["fp16", "fp32"])
-def test_the_total_is_the_files_size(tiny_quantized, remainder, tmp_path):
-    tiny_quantized.save(tmp_path / "f", remainder)
-    assert tiny_quantized.summary(remainder).nbytes == (tmp_path / "f").stat().st_size
+@pytest.mark.parametrize("factor", [1.0, 1.0001])
+def test_the_total_is_the_files_size(tiny_quantized, factor, tmp_path):
+    """With a remainder that float16 holds and with one that it does not."""
+    model = dataclasses.replace(tiny_quantized, params=jax.tree.map(lambda a: a * factor, tiny_quantized.params))
+    model.save(tmp_path / "f")
+    summary = model.summary()
+    assert summary.nbytes == (tmp_path / "f").stat().st_size
+    widths = {row.w_bits for row in summary.rows if row.name.endswith("(float)")}
+    assert widths == ({16} if factor == 1.0 else {32})
 
 
 def test_rows_say_what_the_model_holds(tiny_quantized):

@@ -1,12 +1,14 @@
 """Ranges of per-tensor activations: by percentile and by error, each chosen by its loss."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ahcptq_jax import METHODS, QuantConfig
-from ahcptq_jax.calibration import statistics
 from ahcptq_jax.quantizers import Uniform
+from ahcptq_jax.quantizers.kinds import Observation, kind_named
+from ahcptq_jax.quantizers.kinds.hybrid import breakpoints
 from ahcptq_jax.quantizers.searches.percentile import (
     PERCENTILES,
     percentile_finalize,
@@ -20,10 +22,12 @@ SHAPE = (4, 100, 128)  # more than 2 of the last percentile's tail
 def quantizer_of(batches, **switches) -> Uniform:
     """By the statistics that calibration keeps for a per-tensor site."""
     config = QuantConfig(**switches)
-    state = statistics.init_statistics("uniform", SHAPE, config)
+    statistic = kind_named("uniform").statistic
+    state = statistic.init(SHAPE, config.a_bits, config)
     for x in batches:
-        state = statistics._update_uniform(state, jnp.asarray(x), config)
-    return statistics.finalize({"site": state}, {"site": "uniform"}, config)["site"]
+        observed = Observation(jax.random.key(0), activations=jnp.asarray(x))
+        state = statistic.update(state, observed, config.a_bits, config)
+    return statistic.finalize({"site": state}, config.a_bits, config)["site"]
 
 
 def squared_error(quantizer: Uniform, batches) -> float:
@@ -79,5 +83,5 @@ def test_unusable_statistics_are_refused():
 
 
 def test_a_finer_search_has_the_papers_candidates():
-    fine, paper = (statistics.breakpoints(QuantConfig(hluq_fine=f)) for f in (True, False))
+    fine, paper = (breakpoints(4, fine=f) for f in (True, False))
     assert len(paper) == 9 and {tuple(c) for c in paper} < {tuple(c) for c in fine}
