@@ -166,7 +166,7 @@ def quantize_prepared(
         cache = StatisticsCache()
     else:
         inputs = [(item.canvas, item.boxes) for item in items]
-        cache.enter(saved_state.fingerprint(sam.config, config.seed, params, inputs))
+        cache.keep_passes_of(saved_state.fingerprint(sam.config, config.seed, params, inputs))
     canvases = bar([item.canvas for item in items], "calibrate encoder")
     activations, embeddings = passes.observe_encoder(sam, params, canvases, config, embed, saved, cache)
     boxes = [item.boxes for item in items]
