@@ -6,26 +6,25 @@
 Prints the tables and writes report.html, layers.csv and hwcost.json. Runs no model, except for --artefact.
 """
 
-import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import app
 
 import ahcptq_jax
 from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.flags import define_flags
 from hwcost.counts.codes import Histogram, load_histograms
 from hwcost.counts.measure import measure_histograms
-from hwcost.pages import page, tables
-from hwcost.study import options as options_module
-from hwcost.study import study
-from hwcost.study.options import Options, define_flags, options_from_flags, with_foreign_flags
+from hwcost.pages import documents, page, tables
+from hwcost.study.options import Options, options_from_flags, with_foreign_flags
+from hwcost.study.study import Study, study_of
 from sam_flax.config import CONFIGS, SamConfig
 from sam_flax.errors import InputError
 from sam_flax.files.images import read_image
+from sam_flax.files.writing import make_folder, write_whole
 
 IMAGES = 8
 SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -56,52 +55,57 @@ def _photographs(folder: str) -> list[np.ndarray]:
     return [read_image(path) for path in paths]
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def run(options: Options) -> tuple[Study, list[Path]]:
+    """The study, and the files that it was written to.
+
+    Raises:
+        InputError, OSError: if a file is unusable, or cannot be written.
+    """
+    model, config, quant_config, codes = inputs(options)
+    study = study_of(
+        model,
+        config,
+        quant_config,
+        options.accelerator(),
+        codes=codes,
+        prompts=options.prompts,
+        constants=options.constants(),
+    )
+    folder = options.folder(study.title)
+    files = {
+        Path(options.json) if options.json else folder / "hwcost.json": documents.json_text(study),
+        folder / "layers.csv": documents.layers_csv(study),
+        folder / "report.html": page.html(study),
+    }
+    for path, text in files.items():
+        make_folder(path.parent)
+        write_whole(path, [text.encode()])
+    return study, list(files)
 
 
 def main(argv: list[str]) -> int:
+    """The command; returns its exit status."""
     if len(argv) > 1:
         print(f"Error: unexpected argument {argv[1]!r}; every option is a --flag.", file=sys.stderr)
         return 2
     try:
-        options = options_from_flags()
-        model, config, quant_config, codes = inputs(options)
-        result = study.run(
-            model,
-            config,
-            quant_config,
-            options.accelerator(),
-            codes=codes,
-            prompts=options.prompts,
-            constants=options.constants(),
-        )
-        folder = options.folder(result.title)
-        json_path = Path(options.json) if options.json else folder / "hwcost.json"
-        files = {
-            json_path: json.dumps(study.document(result), indent=1, allow_nan=False) + "\n",
-            folder / "layers.csv": study.layers_csv(result),
-            folder / "report.html": page.html(result),
-        }
-        for path, content in files.items():
-            write(path, content)
+        study, files = run(options_from_flags())
     except (InputError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    print(tables.text(result))
-    print(f"written: {', '.join(str(path) for path in files)}")
+    print(tables.text(study))
+    print(f"written: {', '.join(map(str, files))}")
     return 0
 
 
 def cli() -> None:
     """What `python -m hwcost` runs."""
-    define_flags()
-    flags.adopt_module_key_flags(options_module)  # else --help would not show them
-    app.run(main, argv=with_foreign_flags(sys.argv))
+    define_flags(Options)
+    try:
+        arguments = with_foreign_flags(sys.argv)
+    except InputError as error:
+        sys.exit(f"Error: {error}")
+    app.run(main, argv=arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """FPGA boards, and the arrays that fit on them at each precision."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ahcptq_jax.settings import at_least, check_settings, setting
 from hwcost.board.constants import Values, yosys_cells
 from hwcost.board.cycles import Dataflow
 from hwcost.board.synthesis import agq_octaves, hluq_max_shift
@@ -39,16 +40,19 @@ class Accelerator:
     dram_gbps: float
     dram: Literal["ddr4", "hbm2"]
     source: str
-    dataflow: Dataflow = "os"
-    side: int = 32
-    overlap: bool = True
+    dataflow: Dataflow = setting(
+        "os", "What stays in the array: outputs (os), weights (ws), inputs (is).", choices=get_args(Dataflow)
+    )
+    side: int = setting(32, "Rows and columns of a core of the array.", check=at_least(1))
+    overlap: bool = setting(True, "Fill a fold while the one before drains; off is SCALE-Sim's formula.")
 
     def __post_init__(self) -> None:
-        for name in ("luts", "dsps", "buffer_bits", "dram_gbps", "side"):
+        check_settings(self)
+        for name in ("luts", "dsps", "buffer_bits", "dram_gbps"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name}={getattr(self, name)} of {self.name} must be positive.")
-        if self.dataflow not in ("os", "ws", "is") or self.dram not in ("ddr4", "hbm2"):
-            raise InputError(f"dataflow={self.dataflow!r} must be os, ws or is, and dram={self.dram!r} ddr4 or hbm2.")
+        if self.dram not in ("ddr4", "hbm2"):
+            raise InputError(f"dram={self.dram!r} of {self.name} must be ddr4 or hbm2.")
 
 
 _FINN = "Xilinx/finn util/platforms.py, after UG1120: what the shell leaves"

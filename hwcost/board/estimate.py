@@ -96,6 +96,27 @@ class _Array:
         return self.rows * self.columns * self.cores
 
 
+@dataclasses.dataclass(frozen=True)
+class _Board:
+    """What all kernels of an estimate share; `shape` is (S, G)."""
+
+    design: Design
+    accelerator: Accelerator
+    units: _Units
+    values: Values
+    shape: tuple[int, ...]
+    products_only: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _KernelWork:
+    """One kernel: seconds (4, S, G) of each resource, DRAM bytes (S, G) moved, joules (S, G) by kind."""
+
+    seconds: np.ndarray
+    dram_bytes: np.ndarray
+    joules: dict[str, np.ndarray]
+
+
 def estimate(
     counts: Counts,
     design: Design,
@@ -121,30 +142,38 @@ def estimate(
     v = {name: np.broadcast_to(np.asarray(x, float), (size,))[:, None] for name, x in values.items()}
     units = _build(design, accelerator, v)
     shape = np.broadcast_shapes((size, 1), np.shape(units.lanes))
-    buffer = v["usable_bram"] * accelerator.buffer_bits / 8
-    bandwidth = v["dram_efficiency"] * accelerator.dram_gbps * 1e9
+    board = _Board(design, accelerator, units, v, shape, products_only)
     # Kernels of one kind are one object, worked out once.
-    ways: dict[int, tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = {}
+    works: dict[int, _KernelWork] = {}
     seconds = np.zeros(shape)
     energy = {name: np.zeros(shape) for name in ("compute", "buffers", "DRAM")}
     for _, _, layers in counts.kernels:
-        if id(layers) not in ways:
-            ways[id(layers)] = _kernel(
-                layers, design, accelerator, units, v, buffer, bandwidth, shape, products_only
-            )  # fmt: skip
-        times, _, joules = ways[id(layers)]
-        seconds += times.max(0)
+        if id(layers) not in works:
+            works[id(layers)] = _kernel(layers, board)
+        work = works[id(layers)]
+        seconds += work.seconds.max(0)
         for kind in energy:
-            energy[kind] += joules[kind]
-    best = np.argmin(seconds, axis=1)
+            energy[kind] += work.joules[kind]
+    return _at_the_best_division(counts, board, works, seconds, energy)
+
+
+def _at_the_best_division(
+    counts: Counts,
+    board: _Board,
+    works: dict[int, _KernelWork],
+    seconds: np.ndarray,
+    energy: dict[str, np.ndarray],
+) -> Estimate:
+    """The estimate with the board divided, for each set of constants, so that the image takes least time."""
+    best, units = np.argmin(seconds, axis=1), board.units
 
     def pick(array: Any) -> np.ndarray:
-        full = np.broadcast_to(array, (*np.shape(array)[:-2], *shape))
+        full = np.broadcast_to(array, (*np.shape(array)[:-2], *board.shape))
         return np.take_along_axis(full, best.reshape((1,) * (full.ndim - 2) + (-1, 1)), -1)[..., 0]
 
     total = pick(seconds)
-    static = v["static_watts_per_klut"][:, 0] * accelerator.luts / 1e3 * total
-    picked = {key: (pick(times), pick(moved)) for key, (times, moved, _) in ways.items()}
+    static = board.values["static_watts_per_klut"][:, 0] * board.accelerator.luts / 1e3 * total
+    picked = {key: (pick(work.seconds), pick(work.dram_bytes)) for key, work in works.items()}
     return Estimate(
         seconds=total,
         joules={**{kind: pick(array) for kind, array in energy.items()}, "static": static},
@@ -188,22 +217,15 @@ def _build(design: Design, accelerator: Accelerator, v: Values) -> _Units:
     return _Units(array, _Array(*cores(small, accelerator.side), 1 / fp16), lanes, 1 / clock / lanes)
 
 
-def _kernel(
-    layers: tuple[Layer, ...],
-    design: Design,
-    accelerator: Accelerator,
-    units: _Units,
-    v: Values,
-    buffer: Any,
-    bandwidth: Any,
-    shape: tuple[int, ...],
-    products_only: bool,
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """(seconds (4, S, G), DRAM bytes (S, G), joules by kind (S, G)) of layers that stream together."""
-    times = np.zeros((len(RESOURCES), *shape))
-    moved, bits, operations = (np.zeros(shape) for _ in range(3))
+def _kernel(layers: tuple[Layer, ...], board: _Board) -> _KernelWork:
+    """What layers that stream together take."""
+    design, accelerator, units, v = board.design, board.accelerator, board.units, board.values
+    buffer = v["usable_bram"] * accelerator.buffer_bits / 8
+    bandwidth = v["dram_efficiency"] * accelerator.dram_gbps * 1e9
+    times = np.zeros((len(RESOURCES), *board.shape))
+    moved, bits, operations = (np.zeros(board.shape) for _ in range(3))
     for layer in layers:
-        if products_only and layer.gemm is None:
+        if board.products_only and layer.gemm is None:
             continue
         on_float = layer.is_float and units.beside is not None
         array = units.beside if on_float and units.beside is not None else units.array
@@ -213,22 +235,19 @@ def _kernel(
                 groups=column_split(layer, design), cores=array.cores, overlap=accelerator.overlap,
             )  # fmt: skip
             times[int(on_float)] += cycles * array.seconds_per_cycle
-        if not products_only:
+        if not board.products_only:
             times[2] += vector_cycles(layer, v) * units.lane_seconds
         moved += layer_dram_bytes(layer, buffer)
         bits += buffer_bits(layer, design, array.rows, array.columns, accelerator.dataflow)
         operations += operations_pj(layer, design, v)
     times[3] += moved / bandwidth
     node = v["node_45_to_16"] * 1e-12
-    return (
-        times,
-        moved,
-        {
-            "compute": operations * v["fpga_logic_per_asic"] * node,
-            "buffers": (bits + 16 * moved) * v["sram_pj_per_bit"] * v["fpga_sram_per_asic"] * node,
-            "DRAM": moved * 8 * v[f"{accelerator.dram}_pj_per_bit"] * 1e-12,
-        },
-    )
+    joules = {
+        "compute": operations * v["fpga_logic_per_asic"] * node,
+        "buffers": (bits + 16 * moved) * v["sram_pj_per_bit"] * v["fpga_sram_per_asic"] * node,
+        "DRAM": moved * 8 * v[f"{accelerator.dram}_pj_per_bit"] * 1e-12,
+    }
+    return _KernelWork(times, moved, joules)
 
 
 def vector_cycles(layer: Layer, v: Values) -> Any:

@@ -114,7 +114,8 @@ def ledger(table: dict[str, Variant], accelerator: Accelerator, constants: Const
     """Runs the grid on a board.
 
     Args:
-        table: `hwcost.study.compare.variants` of the model; the claims are about SAM-L at W4A4, others are only set beside them.
+        table: `hwcost.study.compare.variants` of the model. The claims are about SAM-L at W4A4; other models are only
+            set beside them.
         accelerator: the board.
         constants: what it is run with, at their values.
     """

@@ -1,4 +1,4 @@
-"""The command's flags, and how it takes the flag files of the main job."""
+"""One run of the command as a frozen record, from which its flags are made; how the main job's flag files are taken."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,50 +8,70 @@ from typing import Any
 from absl import flags
 
 from ahcptq_jax.config import METHODS, QuantConfig
+from ahcptq_jax.flags import values, with_flag_files
+from ahcptq_jax.settings import at_least, check_settings, setting, settings_of
 from hwcost.board.accelerator import PRESETS, Accelerator
 from hwcost.board.constants import Constants, with_values
 from hwcost.board.cycles import Dataflow
 from sam_flax.config import CONFIGS
 from sam_flax.errors import InputError
 
+# The switches of a method that change what is counted.
 SWITCHES = ("hluq", "cag", "agq", "groups")
+
+
+def _like(record: type, name: str) -> Any:
+    """A field that is a setting of another record, declared there."""
+    known = settings_of(record)[name]
+    return setting(known.default, known.help, choices=known.choices, check=known.check)
+
+
+def _switch(name: str) -> Any:
+    """A field like a setting of `QuantConfig`, but without a value: it is then the method's."""
+    known = settings_of(QuantConfig)[name]
+    help = f"{known.help} Default: the method's."
+    return setting(None, help, type=known.type, choices=known.choices, check=known.check)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """One run of `python -m hwcost`; see the flags of the same names."""
+    """One run of `python -m hwcost`; the fields are its flags, and `--help` says what each is.
 
-    model: str = "vit_l"
-    device: str = "zcu102"
-    w_bits: int = 4
-    a_bits: int = 4
-    method: str = "ahcptq"
-    hluq: bool | None = None
-    cag: bool | None = None
-    agq: bool | None = None
-    groups: int | None = None
-    prompts: int = 1
-    dataflow: Dataflow = "os"
-    side: int = 32
-    overlap: bool = True
-    constant: tuple[str, ...] = ()
-    results: str = ""
-    artefact: str = ""
-    images: str = ""
-    report: str = ""
-    json: str = ""
+    Raises:
+        InputError: if a value is none of its setting, or two contradict each other.
+    """
+
+    model: str = setting("vit_l", "Which SAM.", choices=tuple(CONFIGS))
+    device: str = setting("zcu102", "FPGA board.", choices=tuple(PRESETS))
+    w_bits: int = _like(QuantConfig, "w_bits")
+    a_bits: int = _like(QuantConfig, "a_bits")
+    method: str = setting("ahcptq", "Quantization method: which codes there are.", choices=tuple(METHODS))
+    hluq: bool | None = _switch("hluq")
+    cag: bool | None = _switch("cag")
+    agq: bool | None = _switch("agq")
+    groups: int | None = _switch("groups")
+    prompts: int = setting(1, "Boxes decoded for each image.", check=at_least(1))
+    dataflow: Dataflow = _like(Accelerator, "dataflow")
+    side: int = _like(Accelerator, "side")
+    overlap: bool = _like(Accelerator, "overlap")
+    constant: tuple[str, ...] = setting((), "NAME=NUMBER: fix one constant; may be repeated.")
+    results: str = setting("", "results.json of a quantized run: its measured code_histograms.")
+    artefact: str = setting("", "quantized.safetensors: its model, bits, and codes on --images.")
+    images: str = setting("", "Folder of photographs for --artefact; the first eight are used.")
+    report: str = setting("", "Folder of report.html, layers.csv and hwcost.json; default runs/hwcost/….")
+    json: str = setting("", "Where the JSON goes, instead of into that folder.")
 
     def __post_init__(self) -> None:
-        for name, known in (("model", CONFIGS), ("device", PRESETS), ("method", METHODS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"--{name}={getattr(self, name)} is unknown; choose one of {', '.join(known)}.")
-        if self.prompts < 1:
-            raise InputError(f"--prompts={self.prompts} must be at least 1.")
+        try:
+            check_settings(self)
+        except InputError as error:
+            # Its first word is the setting's name, which is the flag's.
+            raise InputError(f"--{error}") from None
         if self.results and self.artefact:
             raise InputError("--results and --artefact both give code histograms; leave one of them out.")
         if self.artefact and not self.images:
             raise InputError("--artefact needs --images=FOLDER, photographs on which its codes are counted.")
-        self.quant_config(), self.accelerator(), self.constants()  # raise on bad values
+        self.constants()  # raises on an unknown name or an impossible number
 
     def quant_config(self) -> QuantConfig:
         """The method's switches with those of the flags on top."""
@@ -80,51 +100,27 @@ class Options:
         return Path(self.report or f"runs/hwcost/{title.replace(' ', '_').replace('(', '').replace(')', '')}")
 
 
-def define_flags() -> None:
-    """Defines every flag of `Options`, with its defaults."""
-    d = Options()
-    flags.DEFINE_enum("model", d.model, list(CONFIGS), "Which SAM.")
-    flags.DEFINE_enum("device", d.device, list(PRESETS), "FPGA board.")
-    flags.DEFINE_integer("w_bits", d.w_bits, "Bits of weights, 2 to 8.")
-    flags.DEFINE_integer("a_bits", d.a_bits, "Bits of activations, 2 to 8.")
-    flags.DEFINE_enum("method", d.method, list(METHODS), "Quantization method: which codes there are.")
-    flags.DEFINE_bool("hluq", d.hluq, "Override the method: hybrid log-uniform inputs of second linears.")
-    flags.DEFINE_bool("cag", d.cag, "Override the method: channel groups at projections and first linears.")
-    flags.DEFINE_bool("agq", d.agq, "Override the method: log2 softmax.")
-    flags.DEFINE_integer("groups", d.groups, "Override the method: CAG groups; 0 keeps every channel alone.")
-    flags.DEFINE_integer("prompts", d.prompts, "Boxes decoded for each image.")
-    flags.DEFINE_enum("dataflow", d.dataflow, ["os", "ws", "is"], "What stays in the array: outputs, weights, inputs.")
-    flags.DEFINE_integer("side", d.side, "Rows and columns of a core of the array.")
-    flags.DEFINE_bool("overlap", d.overlap, "Fill a fold while the one before drains; off is SCALE-Sim's formula.")
-    flags.DEFINE_multi_string("constant", [], "NAME=NUMBER: fix one constant; may be repeated.")
-    flags.DEFINE_string("results", d.results, "results.json of a quantized run: its measured code_histograms.")
-    flags.DEFINE_string("artefact", d.artefact, "quantized.safetensors: its model, bits, and codes on --images.")
-    flags.DEFINE_string("images", d.images, "Folder of photographs for --artefact; the first eight are used.")
-    flags.DEFINE_string("report", d.report, "Folder of report.html, layers.csv and hwcost.json; default runs/hwcost/….")
-    flags.DEFINE_string("json", d.json, "Where the JSON goes, instead of into that folder.")
-
-
 def options_from_flags() -> Options:
     """The parsed flags as `Options`.
 
     Raises:
         InputError: if they contradict each other.
     """
-    values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)}
-    values["constant"] = tuple(values["constant"])
-    return Options(**values)
+    return Options(**values(Options))
 
 
 def with_foreign_flags(arguments: Sequence[str]) -> list[str]:
     """The arguments, with what a flag file of the main job sets and this command does not know declared harmless.
 
     Unknown flags on the command line itself stay errors.
+
+    Raises:
+        InputError: if a flag file cannot be read.
     """
-    files = [a for a in arguments[1:] if a.split("=")[0] in ("--flagfile", "-flagfile")]
-    own = {_name(a) for a in arguments[1:] if a not in files}
-    inside = flags.FLAGS.read_flags_from_files([arguments[0], *files])[1:]
-    foreign = sorted({_name(a) for a in inside} - own - set(flags.FLAGS) - {""})
-    return [*arguments, f"--undefok={','.join(foreign)}"] if foreign else list(arguments)
+    own = {_name(a) for a in arguments[1:] if _name(a) != "flagfile"}
+    expanded = with_flag_files(arguments)
+    foreign = sorted({_name(a) for a in expanded[1:]} - own - set(flags.FLAGS) - {""})
+    return [*expanded, f"--undefok={','.join(foreign)}"] if foreign else expanded
 
 
 def _name(argument: str) -> str:

@@ -19,11 +19,11 @@ from hwcost import __main__ as command
 from hwcost.board.accelerator import PRESETS
 from hwcost.counts.codes import Histogram, to_json
 from hwcost.pages import page
-from hwcost.study import study
 from hwcost.study.compare import BASELINES, METHOD, variants
 from hwcost.study.options import Options, with_foreign_flags
-from hwcost.study.study import Study
+from hwcost.study.study import Study, kernel_rows, study_of
 from sam_flax.config import MINI
+from sam_flax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +51,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def mini() -> Study:
-    return study.run("mini", MINI, W4A4, PRESETS["zcu102"])
+    return study_of("mini", MINI, W4A4, PRESETS["zcu102"])
 
 
 def test_it_prints_and_writes_everything(done: tuple[Path, str]) -> None:
@@ -107,7 +107,7 @@ def test_page_is_one_self_contained_file_with_whole_charts(done: tuple[Path, str
 def test_bars_are_as_many_and_as_high_as_the_kernels(mini: Study) -> None:
     chart = ElementTree.fromstring(page._kernel_bars(mini).split("</svg>")[0] + "</svg>")
     bars = [element for element in chart.iter() if element.tag == "rect"]
-    rows = study.kernel_rows(mini)
+    rows = kernel_rows(mini)
     assert len(bars) == len(rows)
     tallest = max(range(len(rows)), key=lambda i: rows[i]["seconds"])
     assert float(bars[tallest].attrib["height"]) == max(float(bar.attrib["height"]) for bar in bars)
@@ -131,9 +131,9 @@ def test_measured_histograms_replace_the_assumption(tmp_path: Path) -> None:
     table = variants(config, quant_config, codes)
     assert (name, table[METHOD].counts.measured_sites, table["fp32"].counts.measured_sites) == ("mini", 1, 0)
     with pytest.raises(ValueError, match="belongs to no"):
-        study.run("mini", MINI, QuantConfig(hluq=False), PRESETS["zcu102"], codes=codes)
+        study_of("mini", MINI, QuantConfig(hluq=False), PRESETS["zcu102"], codes=codes)
     with pytest.raises(ValueError, match="not 2\\^5"):
-        study.run("mini", MINI, QuantConfig(w_bits=5, a_bits=5), PRESETS["zcu102"], codes=codes)
+        study_of("mini", MINI, QuantConfig(w_bits=5, a_bits=5), PRESETS["zcu102"], codes=codes)
 
 
 def test_flags_of_the_main_job_are_taken_from_a_file_alone(tmp_path: Path) -> None:
@@ -153,9 +153,9 @@ def test_flags_of_the_main_job_are_taken_from_a_file_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"model": "vit_x"}, "--model=vit_x is unknown"),
-        ({"device": "vu19p"}, "--device=vu19p is unknown"),
-        ({"method": "fp"}, "--method=fp is unknown"),
+        ({"model": "vit_x"}, "--model='vit_x' is unknown"),
+        ({"device": "vu19p"}, "--device='vu19p' is unknown"),
+        ({"method": "fp"}, "--method='fp' is unknown"),
         ({"w_bits": 9}, "w_bits=9"),
         ({"prompts": 0}, "--prompts=0"),
         ({"side": 0}, "side=0"),
@@ -167,7 +167,7 @@ def test_flags_of_the_main_job_are_taken_from_a_file_alone(tmp_path: Path) -> No
     ],
 )
 def test_unusable_options_get_one_sentence(values: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+    with pytest.raises(InputError, match=re.escape(sentence)):
         Options(**values)
 
 
@@ -186,5 +186,5 @@ def test_photographs_come_in_order_and_few(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no photograph")
     images = command._photographs(str(tmp_path))
     assert [int(image[0, 0, 0]) for image in images] == list(range(8)) and images[0].shape == (4, 6, 3)
-    with pytest.raises(ValueError, match="has no .jpg or .png"):
+    with pytest.raises(InputError, match="has no .jpg or .png"):
         command._photographs(str(tmp_path / "absent"))
