@@ -69,6 +69,7 @@ def run(options: Options) -> tuple[Study, list[Path]]:
         options.accelerator(),
         codes=codes,
         prompts=options.prompts,
+        grid_bits=options.grid_bits,
         constants=options.constants(),
     )
     folder = options.folder(study.title)

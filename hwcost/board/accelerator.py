@@ -8,7 +8,7 @@ import numpy as np
 from ahcptq_jax.settings import at_least, check_settings, setting
 from hwcost.board.constants import Values, yosys_cells
 from hwcost.board.cycles import Dataflow
-from hwcost.board.synthesis import agq_octaves, hluq_max_shift
+from hwcost.board.synthesis import agq_octaves, hluq_max_shift, packing
 from hwcost.counts.costs import Layer
 from sam_flax.errors import InputError
 
@@ -75,9 +75,13 @@ PRESETS: dict[str, Accelerator] = {
     ),
 }  # fmt: skip
 
-# "float" multiplies floats; "mac" integer codes, with HLUQ and AGQ in several passes; "dual_path" is the HLUQ
-# element; "ideal" is "mac" in which every code takes one pass: arithmetic no worse than uniform.
-Element = Literal["float", "mac", "dual_path", "ideal"]
+# What a processing element is:
+#   "float"      multiplies floats;
+#   "levels"     multiplies codes of weights by levels on the grid, whatever the quantizer;
+#   "mac"        multiplies codes by codes, with HLUQ and AGQ in several passes;
+#   "two_path"  is the HLUQ element;
+#   "ideal"      is "mac" in which every code takes one pass: arithmetic no worse than uniform.
+Element = Literal["float", "levels", "mac", "two_path", "ideal"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,8 @@ class Design:
         float_bits: width of everything that is not codes.
         column_groups: above 1, CAG's groups are told apart in the column while it runs (rtl/cag_column.v); otherwise
             the channels are sorted by group beforehand and cost folds and rescales alone.
+        level_bits: width of the levels of the "levels" element.
+        table_address: bits of the address of its tables: of a code, and of the part that a group of channels reads.
         elements: number of processing elements, instead of as many as fit (iso-array comparisons).
     """
 
@@ -97,14 +103,21 @@ class Design:
     bits: int
     float_bits: int
     column_groups: int = 1
+    level_bits: int = 0
+    table_address: int = 0
     elements: float | None = None
 
 
-def element_options(design: Design, v: Values) -> list[tuple[Any, Any]]:
+def element_options(design: Design, v: Values, side: int = 32) -> list[tuple[Any, Any]]:
     """(LUTs, DSPs) of one element in each form that it can take, two at most.
 
+    Args:
+        design: what is built.
+        v: the constants.
+        side: elements of a row, which share a table of levels at the edge of the array.
+
     Raises:
-        ValueError: if the column was not measured for the groups.
+        ValueError: if the column or the table was not measured for the groups.
     """
     if design.element == "float":
         if design.bits == 32:
@@ -113,6 +126,8 @@ def element_options(design: Design, v: Values) -> list[tuple[Any, Any]]:
         adder = (v["fp32_add_lut"] + v["fp32_multiply_lut"], v["fp32_add_dsp"] + 1)
         return [(v["fp16_mac_lut"], v["fp16_mac_dsp"]), adder]
     cells, factor, bits = yosys_cells(), v["yosys_lut_factor"], design.bits
+    if design.element == "levels":
+        return _level_options(design, v, side)
     column = 0.0
     if design.column_groups > 1:
         key = f"cag_column_b4_g{design.column_groups}"
@@ -120,12 +135,28 @@ def element_options(design: Design, v: Values) -> list[tuple[Any, Any]]:
             raise ValueError(f"groups={design.column_groups} in a column was not measured; take 2, 4, 8 or 16.")
         # Measured with four rows of 4-bit elements; what they would take without groups is taken off.
         column = (cells[key]["lut"] / 4 - cells["mac_b4"]["lut"]) * factor
-    if design.element == "dual_path":
+    if design.element == "two_path":
         options = [(cells[f"hluq_b{bits}"]["lut"] * factor + column, 0.0)]
         # The DSP form holds both sums in 48 bits for 4-bit codes only.
         return [(v["hluq_dsp_lut"] + column, 1.0), *options] if bits <= 4 else options
     packed = ("int4_dsp_mac_lut", "int4_mac_dsp") if bits <= 4 else ("int8_mac_lut", "int8_mac_dsp")
     return [(v[packed[0]] + column, v[packed[1]]), (cells[f"mac_b{bits}"]["lut"] * factor + column, 0.0)]
+
+
+def _level_options(design: Design, v: Values, side: int) -> list[tuple[Any, Any]]:
+    """The element on the grid: packed into a DSP, and in LUTs alone; each with its share of its row's table.
+
+    The packed form is charged as the one of plain codes, of whose accumulator its own is so many bits wider.
+    """
+    cells, factor, bits, wider = yosys_cells(), v["yosys_lut_factor"], design.bits, design.level_bits - design.bits
+    table = cells[f"level_table_a{design.table_address}_l{design.level_bits}"]["lut"] * factor / side
+    if bits <= 4:
+        columns, rows = packing(bits, design.level_bits)
+        packed = (v["int4_dsp_mac_lut"] + wider, 1 / (columns * rows))
+    else:
+        packed = (v["int8_mac_lut"], v["int8_mac_dsp"])
+    plain = cells[f"levels_b{bits}_l{design.level_bits}"]["lut"] * factor
+    return [(packed[0] + table, packed[1]), (plain + table, 0.0)]
 
 
 def element_count(options: list[tuple[Any, Any]], luts: Any, dsps: Any) -> Any:
@@ -160,14 +191,15 @@ def cores(elements: Any, side: int) -> tuple[Any, Any, Any]:
 def passes(layer: Layer, design: Design) -> int:
     """How often a product must run through the array.
 
-    A plain element multiplies by codes of `bits`; a sum of powers of two wider than that takes several passes. The
-    HLUQ element shifts by at most `hluq_max_shift`; AGQ's residues mod tau are summed apart, one after the other.
+    Levels on the grid take one pass, whatever they stand for. Without it a plain element multiplies by codes of `bits`,
+    and a sum of powers of two wider than that takes several passes; the HLUQ element shifts by at most
+    `hluq_max_shift`; AGQ's residues mod tau are summed apart, one after the other.
     """
     if layer.a is None or design.element in ("float", "ideal") or layer.a.arithmetic in ("float", "multiply"):
         return 1
     bits = layer.a.bits
     if layer.a.arithmetic == "shift_or_multiply":
-        return 1 if design.element == "dual_path" else 1 + -(-min(layer.log_levels, hluq_max_shift(bits) + 1) // bits)
+        return 1 if design.element == "two_path" else 1 + -(-min(layer.log_levels, hluq_max_shift(bits) + 1) // bits)
     octaves = agq_octaves(bits, layer.accumulators)
-    reach = hluq_max_shift(bits) + 1 if design.element == "dual_path" else bits
+    reach = hluq_max_shift(bits) + 1 if design.element == "two_path" else bits
     return layer.accumulators * -(-octaves // reach)

@@ -12,6 +12,21 @@ def mac_sum(w: np.ndarray, a: np.ndarray) -> np.ndarray:
     return (w.astype(np.int64) * a).sum(0)
 
 
+def level_sum(w: np.ndarray, codes: np.ndarray, table: np.ndarray, parts: np.ndarray | int = 0) -> np.ndarray:
+    """sum w*level (`level_table.v` before `int_mac_pe.v` or `level_lanes.v`): any quantizer on the grid.
+
+    `sum (w - z_w) * value(code)` is `step * (sum w*level - z_w * sum level) + offset * sum (w - z_w)`; of these the sum
+    of the levels alone is found at run time, once for a row.
+
+    Args:
+        w: weight codes.
+        codes: activation codes.
+        table: (parts, 2^bits) whole levels.
+        parts: which part of the table each channel's group reads.
+    """
+    return (w.astype(np.int64) * table[parts, codes]).sum(0)
+
+
 def hluq_sums(w: np.ndarray, a: np.ndarray, levels: int, max_shift: int) -> tuple[np.ndarray, np.ndarray]:
     """(logarithmic, uniform) sums of a hybrid layer (`hluq_pe.v`).
 

@@ -30,11 +30,11 @@ def operations_pj(layer: Layer, design: Design, v: Values) -> Any:
         return total
     if layer.is_float:
         return total + ops.float_macs * float_multiply_add(design.bits if design.element == "float" else 16, v)
-    w, a = layer.b.bits, layer.a.bits
+    w, a = layer.b.product_bits, layer.a.product_bits
     sums = w + a + SUM_LOG2
     mac = int_multiply(w, a, v) + int_add(sums, v)
     total = total + ops.corrections * int_add(sums, v)
-    if design.element != "dual_path":
+    if design.element != "two_path":
         return total + ops.macs * passes(layer, design) * mac
     shifted = w + hluq_max_shift(a)
     shift = v["shift_per_add"] * int_add(shifted, v) + int_add(shifted + SUM_LOG2, v)
@@ -46,8 +46,10 @@ def buffer_bits(layer: Layer, design: Design, rows: Any, columns: Any, dataflow:
     if layer.gemm is None or layer.a is None or layer.b is None:
         return sum(t.elements * t.bits for t in (*layer.inputs, *layer.outputs))
     left, right, sums = buffer_reads(layer.gemm, rows, columns, dataflow, column_split(layer, design))
-    width = 32 if layer.is_float else layer.a.bits + layer.b.bits + SUM_LOG2
-    return passes(layer, design) * (left * layer.a.bits + right * layer.b.bits) + sums * width
+    width = 32 if layer.is_float else layer.a.product_bits + layer.b.product_bits + SUM_LOG2
+    # Reading a level from the table at the edge is charged like reading as many bits from a buffer, which is more.
+    left_bits = layer.a.bits + layer.a.level_bits
+    return passes(layer, design) * (left * left_bits + right * layer.b.bits) + sums * width
 
 
 def column_split(layer: Layer, design: Design) -> int:

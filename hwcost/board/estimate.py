@@ -203,7 +203,8 @@ def _build(design: Design, accelerator: Accelerator, v: Values) -> _Units:
     lanes = np.maximum(np.floor(vector * luts / lane_luts), 1)
     elements: Any = design.elements
     if elements is None:
-        elements = element_count(element_options(design, v), luts * (1 - vector - beside), dsps * (1 - beside))
+        options = element_options(design, v, accelerator.side)
+        elements = element_count(options, luts * (1 - vector - beside), dsps * (1 - beside))
     clock = v["clock_mhz"] * 1e6
     fp16 = np.minimum(clock, v["fp16_fmax_mhz"] * 1e6)
     speed = clock

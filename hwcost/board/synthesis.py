@@ -3,7 +3,7 @@
     python -m hwcost.board.synthesis      # writes hwcost/data/yosys.json
 
 `synth_xilinx -family xcup` maps to UltraScale+ cells. It neither places nor routes, knows no clock, and packs fewer
-products into a DSP48E2 than a designer would; elements are measured in LUTs alone, the DSP form apart.
+products into a DSP48E2 than a designer would; elements are measured in LUTs alone, the DSP forms apart.
 """
 
 import dataclasses
@@ -17,20 +17,32 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hwcost.counts.formats import GRID_BITS
+
 RTL = Path(str(files("hwcost") / "rtl"))
 DATA = Path(str(files("hwcost") / "data" / "yosys.json"))
 FIELD = 22  # bits of the logarithmic sum in the DSP form of the HLUQ element
 SUM_LOG2 = 13  # accumulators hold sums of up to 8192 products; SAM-H's longest has 5120
+DSP_WIDE, DSP_NARROW = 26, 17  # unsigned bits that the operands of a DSP48E2 hold
 SHIFT_CAP = 15  # longer shifts stand for values below 2^-15 of the largest and are dropped
+
+
+# Lookup tables that a cell of distributed memory takes: all of its slice (UG974: RAM32M16, RAM64M8), or half of it.
+_MEMORY = {"RAM32M": 4, "RAM32M16": 8, "RAM64M": 4, "RAM64M8": 8}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """Cells of one element: 6-input lookup tables, flip-flops, DSP48E2."""
+    """Cells of one element: 6-input lookup tables (those used as memory included), flip-flops, DSP48E2."""
 
     lut: int
     ff: int
     dsp: int
+
+
+def _luts(cell: str) -> int:
+    """Lookup tables in a cell of that name."""
+    return _MEMORY.get(cell, 1 if re.fullmatch(r"LUT[1-6]", cell) else 0)
 
 
 def hluq_max_shift(a_bits: int) -> int:
@@ -62,6 +74,30 @@ def agq_parameters(bits: int, tau_log2: int) -> dict[str, int]:
 def column_parameters(bits: int, group_bits: int) -> dict[str, int]:
     parameters = {"ROWS": 4, "W_BITS": bits, "A_BITS": bits, "GROUP_BITS": group_bits}
     return parameters | {"ACC_BITS": 2 * bits + SUM_LOG2}
+
+
+def level_parameters(bits: int, level_bits: int) -> dict[str, int]:
+    """Of the plain element that multiplies codes of weights by levels."""
+    return {"W_BITS": bits, "A_BITS": level_bits, "ACC_BITS": bits + level_bits + SUM_LOG2}
+
+
+def packing(bits: int, level_bits: int) -> tuple[int, int]:
+    """(columns, rows) whose products share a DSP48E2 without touching: as many products as its two operands hold."""
+    step = bits + level_bits
+    fits = [
+        (columns, rows)
+        for columns in range(1, 8)
+        for rows in range(1, 8)
+        if (columns - 1) * rows * step + bits <= DSP_WIDE and (rows - 1) * step + level_bits <= DSP_NARROW
+    ]
+    return max(fits, key=lambda pair: pair[0] * pair[1])
+
+
+def lane_parameters(bits: int, level_bits: int) -> dict[str, int]:
+    """Of the element of several products in one DSP48E2."""
+    columns, rows = packing(bits, level_bits)
+    widths = {"W_BITS": bits, "LEVEL_BITS": level_bits, "ACC_BITS": bits + level_bits + SUM_LOG2}
+    return {"LANES": columns, "ROWS": rows, **widths}
 
 
 def yosys_missing() -> str:
@@ -96,7 +132,7 @@ def synthesize(top: str, parameters: Mapping[str, int], *, dsp: bool = False) ->
     report = done.stdout[done.stdout.rindex("Printing statistics") :]
     cells = {name: int(count) for name, count in re.findall(r"^\s+([A-Z0-9_]+)\s+(\d+)$", report, re.MULTILINE)}
     return Cells(
-        lut=sum(count for name, count in cells.items() if re.fullmatch(r"LUT[1-6]", name)),
+        lut=sum(count * _luts(name) for name, count in cells.items()),
         ff=sum(count for name, count in cells.items() if name.startswith("FD")),
         dsp=cells.get("DSP48E2", 0),
     )
@@ -112,6 +148,13 @@ def designs() -> dict[str, tuple[str, dict[str, int], bool]]:
         result[f"agq_b4_tau{1 << tau_log2}"] = ("agq_pe", agq_parameters(4, tau_log2), False)
     for group_bits in (1, 2, 3, 4):
         result[f"cag_column_b4_g{1 << group_bits}"] = ("cag_column", column_parameters(4, group_bits), False)
+    for level_bits in GRID_BITS:
+        for bits in range(2, 9):
+            result[f"levels_b{bits}_l{level_bits}"] = ("int_mac_pe", level_parameters(bits, level_bits), False)
+        result[f"level_lanes_b4_l{level_bits}"] = ("level_lanes", lane_parameters(4, level_bits), True)
+        for address in range(2, 9):
+            table = {"A_BITS": address, "GROUP_BITS": 0, "LEVEL_BITS": level_bits}
+            result[f"level_table_a{address}_l{level_bits}"] = ("level_table", table, False)
     result["hluq_dsp_b4"] = ("hluq_pe_dsp", {"W_BITS": 4, "OPERAND_BITS": FIELD + 4, "ACC_BITS": 48}, True)
     decoder = {"A_BITS": 4, "MAX_SHIFT": hluq_max_shift(4), "FIELD": FIELD, "OPERAND_BITS": FIELD + 4}
     result["hluq_decode_b4"] = ("hluq_decode", decoder, False)

@@ -3,7 +3,7 @@
     multiply            A += w*a                                       one multiply-accumulate
     shift               A[k mod tau] += v << (K - k div tau)           one shift and one add; nothing for zero
     shift_or_multiply   exponent:  L += w << (K - k)                   one shift and one add; nothing for zero
-                        otherwise: L += w << K and U += w*u            one multiply-accumulate and a dual-path add
+                        otherwise: L += w << K and U += w*u            one multiply-accumulate and a second add
 
 The names are those of `ahcptq_jax.quantizers.cost.Arithmetic`; AGQ's softmax shifts, HLUQ shifts or multiplies.
 """

@@ -8,7 +8,7 @@ from ahcptq_jax.config import QuantConfig
 from hwcost.counts.arithmetic import Work, work_of
 from hwcost.counts.codes import AssumedCodes, Histogram
 from hwcost.counts.costs import Gemm, Layer, Operand, Ops, Tensor
-from hwcost.counts.formats import site_format, weight_format
+from hwcost.counts.formats import site_format, table_parts, weight_format
 
 # Operations per number of our own forward, as XLA counts them.
 NORM_OPS = 8  # two means, deviation, its square, subtraction, scale, its factor, bias
@@ -31,8 +31,10 @@ class Builder:
         measured: Mapping[str, Histogram],
         assumed: AssumedCodes,
         float_bits: int,
+        grid_bits: int = 0,
     ) -> None:
-        self.quant, self.measured, self.assumed, self.float_bits = quant, measured, assumed, float_bits
+        self.quant, self.measured, self.assumed = quant, measured, assumed
+        self.float_bits, self.grid_bits = float_bits, grid_bits
         self.layers: list[Layer] = []
         self.histogram_sites: set[str] = set()
         self.part = "encoder"
@@ -42,7 +44,7 @@ class Builder:
 
     def site(self, path: str) -> Operand:
         """Format of the activations behind a site."""
-        return site_format(path, self.quant, self.float_bits)
+        return site_format(path, self.quant, self.float_bits, self.grid_bits)
 
     def weight(self, input_operand: Operand) -> Operand:
         """Format of a layer's weights: they are quantized exactly where its input is."""
@@ -56,8 +58,13 @@ class Builder:
 
     def site_qparam_bits(self, operand: Operand, channels: int) -> int:
         """Bits of a site's quantizer: scales in the float width, whole numbers in the code width, group labels."""
-        if operand.cost is None:
+        if operand.cost is None or self.quant is None:
             return 0
+        if operand.level_bits:
+            # Step, offset, the table, and for each channel the part of it that its group reads.
+            parts = table_parts(self.quant, operand.level_bits) if operand.cost.per_group else 1
+            table = parts * 2**operand.bits * operand.level_bits
+            return 2 * self.float_bits + table + channels * (parts - 1).bit_length()
         groups, cost = self.groups(operand, channels), operand.cost
         each = cost.scales * self.float_bits + cost.codes * operand.bits + cost.more_bits
         return groups * each + (channels * math.ceil(math.log2(groups)) if operand.has_groups else 0)
@@ -67,6 +74,8 @@ class Builder:
         if operand.cost is None or not operand.cost.depends_on_codes:
             return Work(accumulators=self.groups(operand, channels))
         self.histogram_sites.add(path)
+        if operand.level_bits:
+            return Work()
         return work_of(operand, path, self.measured.get(path), self.assumed)
 
     # Layers

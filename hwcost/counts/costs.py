@@ -74,10 +74,13 @@ class Operand:
     Attributes:
         bits: width of a number.
         cost: what the quantizer behind its codes costs; None for floating point.
+        level_bits: on the grid, width of the whole levels that its codes stand for, which a table at the edge of the
+            array turns them into; 0 where the codes themselves take part in the product.
     """
 
     bits: int
     cost: Cost | None = None
+    level_bits: int = 0
 
     @property
     def is_float(self) -> bool:
@@ -85,18 +88,26 @@ class Operand:
 
     @property
     def arithmetic(self) -> str:
-        """What its codes make a processing element do (`ahcptq_jax.quantizers.cost.Arithmetic`); "float" without."""
-        return "float" if self.cost is None else self.cost.arithmetic
+        """What it makes a processing element do (`ahcptq_jax.quantizers.cost.Arithmetic`); "float" without codes."""
+        if self.cost is None:
+            return "float"
+        return "multiply" if self.level_bits else self.cost.arithmetic
+
+    @property
+    def product_bits(self) -> int:
+        """Width of what a processing element multiplies."""
+        return self.level_bits or self.bits
 
     @property
     def has_groups(self) -> bool:
-        """Whether groups of its channels have scales of their own."""
-        return self.cost is not None and self.cost.per_group
+        """Whether groups of its channels have scales of their own; on the grid they have one step."""
+        return self.cost is not None and self.cost.per_group and not self.level_bits
 
     @property
     def width(self) -> str:
-        """For labels: "4" or "fp32"."""
-        return f"fp{self.bits}" if self.is_float else str(self.bits)
+        """For labels: "4", "fp32", or "4(8)" for 4-bit codes of 8-bit levels."""
+        levels = f"({self.level_bits})" if self.level_bits else ""
+        return f"fp{self.bits}" if self.is_float else f"{self.bits}{levels}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

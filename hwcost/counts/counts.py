@@ -5,7 +5,8 @@ kernel: layers of one kernel stream into each other on the chip, and only tensor
 DRAM interface.
 
 What an element does with a pair of codes is in `hwcost.counts.arithmetic`; per output there is one rescale for each
-accumulator (CAG has one per group), besides the corrections for zero points.
+accumulator (CAG has one per group), besides the corrections for zero points. On the grid a code stands for a whole
+level, every product is one multiply-accumulate of a level and a code, and every output has one sum and one rescale.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from ahcptq_jax.config import QuantConfig
 from hwcost.counts.builder import Builder
 from hwcost.counts.codes import AssumedCodes, histograms, mini_codes
 from hwcost.counts.costs import Layer, Ops
+from hwcost.counts.formats import check_grid_bits
 from hwcost.counts.graphs import graph_named
 from sam_flax.config import SamConfig
 from sam_flax.errors import InputError
@@ -44,6 +46,7 @@ class Counts:
         quant_config: the quantization; None in floating point.
         prompts: box prompts of the image.
         float_bits: width of what is in floating point.
+        grid_bits: width of the levels on the grid; 0 is the paper's own form.
         layers: the layers.
         measured_sites: hybrid and log2 sites with a measured histogram.
         assumed_sites: those without.
@@ -55,6 +58,7 @@ class Counts:
     quant_config: QuantConfig | None
     prompts: int
     float_bits: int
+    grid_bits: int
     layers: tuple[Layer, ...]
     measured_sites: int
     assumed_sites: int
@@ -111,6 +115,7 @@ def count(
     *,
     prompts: int = 1,
     float_bits: int = 32,
+    grid_bits: int = 0,
     assumed: AssumedCodes | None = None,
     architecture: str = "sam_vit",
 ) -> Counts:
@@ -122,6 +127,9 @@ def count(
         codes: measured code histograms, {site path: counts or `Histogram`} (see `hwcost.counts.codes`).
         prompts: boxes decoded for the image.
         float_bits: width of what stays in floating point, 16 or 32.
+        grid_bits: 5 to 8: every code stands for a whole level of so many bits, and every product is one integer product
+            with one sum. 0: the paper's own form, with a sum for each group of channels, for the exponents and for the
+            rest.
         assumed: what sites without a histogram take; by default the pooled codes of MINI at W4A4
             (`hwcost.counts.codes.mini_codes`).
         architecture: the name of the graph (`hwcost.counts.graphs`).
@@ -136,9 +144,10 @@ def count(
         raise InputError(f"prompts={prompts} must be at least 1.")
     if float_bits not in (16, 32):
         raise InputError(f"float_bits={float_bits} must be 16 or 32.")
+    check_grid_bits(grid_bits, quant_config)
     measured = histograms(codes or {})
     assumed = assumed or mini_codes()
-    builder = Builder(quant_config, measured, assumed, float_bits)
+    builder = Builder(quant_config, measured, assumed, float_bits, grid_bits)
     graph = graph_named(architecture)
     graph.add_layers(builder, sam_config, prompts)
     unknown = sorted(set(measured) - builder.histogram_sites)
@@ -152,6 +161,7 @@ def count(
         quant_config=quant_config,
         prompts=prompts,
         float_bits=float_bits,
+        grid_bits=grid_bits,
         layers=tuple(builder.layers),
         measured_sites=len(measured),
         assumed_sites=len(builder.histogram_sites - set(measured)),

@@ -1,34 +1,61 @@
 """The number format of every site and weight: the one place where the cost model asks the recipe and the kinds."""
 
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform, cost
 from ahcptq_jax.quantizers.cost import Cost
+from ahcptq_jax.quantizers.kinds import kind_named
 from ahcptq_jax.recipe import site_kind
 from hwcost.counts.costs import Operand
+from sam_flax.errors import InputError
 
-_COSTS = {"uniform": cost.UNIFORM, "grouped": cost.GROUPED, "hybrid": cost.HYBRID, "log2": cost.LOG2}
-_CLASSES = {Uniform: cost.UNIFORM, Grouped: cost.GROUPED, Hybrid: cost.HYBRID, Log2: cost.LOG2}
-
-
-def quantizer_cost(quantizer: Quantizer) -> Cost:
-    """What a quantizer's kind costs."""
-    return _CLASSES[type(quantizer)]
+# Widths of the levels that codes may stand for on the grid.
+GRID_BITS = (5, 6, 7, 8)
+# The scale of a group of channels is at most so many times the grid's step (`ahcptq_jax.quantizers.kinds.grouped`).
+MOST_MULTIPLES = 8
 
 
-def site_format(path: str, quant: QuantConfig | None, float_bits: int) -> Operand:
+def site_format(path: str, quant: QuantConfig | None, float_bits: int, grid_bits: int = 0) -> Operand:
     """Format of the activations behind a site.
 
     Args:
         path: of the site.
         quant: the quantization; None in floating point.
         float_bits: width of what stays in floating point.
+        grid_bits: width of the levels that codes stand for, unless a uniform step makes the codes themselves levels;
+            0 is the paper's own form, without a grid.
     """
     kind = None if quant is None else site_kind(path, quant)
-    return Operand(float_bits) if kind is None or quant is None else Operand(quant.a_bits, _COSTS[kind])
+    if kind is None or quant is None:
+        return Operand(float_bits)
+    cost = kind_named(kind).cost
+    is_plain = not cost.per_group and not cost.depends_on_codes
+    return Operand(quant.a_bits, cost, 0 if is_plain else grid_bits)
+
+
+def check_grid_bits(grid_bits: int, quant: QuantConfig | None) -> None:
+    """Raises InputError unless levels of a width exist and codes of the quantization's width can stand for them."""
+    if grid_bits not in (0, *GRID_BITS):
+        raise InputError(
+            f"grid_bits={grid_bits} must be {', '.join(map(str, GRID_BITS))}, or 0 for the paper's form without a grid."
+        )
+    if grid_bits and quant is not None and quant.a_bits > grid_bits:
+        raise InputError(
+            f"grid_bits={grid_bits} has no room for activations of a_bits={quant.a_bits}; give at least as many, or 0 "
+            "for the paper's form without a grid."
+        )
+
+
+def table_parts(quant: QuantConfig, grid_bits: int) -> int:
+    """Different multiples of the step that the groups of one site can have: a power of two of parts of the table.
+
+    A group's scale is a whole multiple of the step, so that many groups share a part; the last code times the multiple
+    must be a level. Zero points need no part of their own: their products with the weights are known beforehand.
+    """
+    most = min(MOST_MULTIPLES, (2**grid_bits - 1) // (2**quant.a_bits - 1), quant.groups or MOST_MULTIPLES)
+    return 1 << max(most - 1, 0).bit_length()
 
 
 def weight_format(input_operand: Operand, quant: QuantConfig | None, float_bits: int) -> Operand:
     """Format of the weights of a layer whose input has a format: codes exactly where the input is codes."""
     if input_operand.is_float or quant is None:
         return Operand(float_bits)
-    return Operand(quant.w_bits, cost.UNIFORM)
+    return Operand(quant.w_bits, Cost())

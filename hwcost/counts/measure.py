@@ -9,9 +9,9 @@ import numpy as np
 
 from ahcptq_jax.architectures.sites import below, intercept_sites
 from ahcptq_jax.quantizers import Quantizer
+from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.runtime.quantized import Quantized, with_decoded
 from hwcost.counts.codes import Histogram
-from hwcost.counts.formats import quantizer_cost
 from sam_flax import preprocessing
 from sam_flax.encoders.vit import PatchEmbed
 from sam_flax.errors import InputError
@@ -66,7 +66,7 @@ def measure_histograms(
         quantizer = activations.get(path)
         if quantizer is None:
             return value
-        if quantizer_cost(quantizer).depends_on_codes:
+        if kind_of(quantizer).cost.depends_on_codes:
             counts = jnp.bincount(quantizer.encode(value).reshape(-1), length=2**quantizer.bits)
             jax.debug.callback(lambda c: tally.add(path, np.asarray(c, np.int64)), counts)
         return quantizer.fake_quant(value)
@@ -107,5 +107,5 @@ def measure_histograms(
 
 def _histogram(quantizer: Quantizer, counts: np.ndarray) -> Histogram:
     """The record of a site's counts, with what its quantizer must say for them to be read."""
-    name = quantizer_cost(quantizer).code_field
+    name = kind_of(quantizer).cost.code_field
     return Histogram(counts=tuple(counts.tolist()), **{name: int(np.asarray(getattr(quantizer, name)).reshape(()))})

@@ -92,11 +92,13 @@ class Frame:
             f"<title>{escape(tip)}</title></circle>"
         )
 
-    def line(self, points: Sequence[tuple[float, float]], stroke: str, *, dashed: bool = False) -> None:
+    def line(
+        self, points: Sequence[tuple[float, float]], stroke: str, *, dashed: bool = False, width: float = 1.6
+    ) -> None:
         """A polyline at data units."""
         path = " ".join(f"{self.px(x):.1f},{self.py(y):.1f}" for x, y in points)
         dash = ' stroke-dasharray="5 4"' if dashed else ""
-        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{stroke}" stroke-width="1.6"{dash}/>')
+        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{stroke}" stroke-width="{width}"{dash}/>')
 
     def svg(self, title: str) -> str:
         """The finished chart."""

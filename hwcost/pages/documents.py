@@ -9,8 +9,9 @@ from typing import Any
 from hwcost.board.constants import yosys_cells
 from hwcost.board.estimate import Estimate
 from hwcost.counts.costs import Layer
-from hwcost.study.compare import BASELINES, Interval, Variant
+from hwcost.study.compare import Interval
 from hwcost.study.study import CLAIMED, Study, kernel_rows
+from hwcost.study.variants import METHOD, Variant, baselines
 
 
 def json_text(study: Study) -> str:
@@ -23,6 +24,7 @@ def document(study: Study) -> dict[str, Any]:
     c, counts = study.comparison, study.counts
     return {
         "title": study.title,
+        "forms": {name: study.variants[name].label for name in study.forms},
         "totals": counts.totals(),
         "totals_by_part": {part: counts.totals(part) for part in ("encoder", "decoder")},
         "layers": [_layer(layer) for layer in counts.layers],
@@ -32,10 +34,8 @@ def document(study: Study) -> dict[str, Any]:
         "joules_by_kind": {
             name: {kind: float(value[0]) for kind, value in e.joules.items()} for name, e in c.estimates.items()
         },
-        "speedup": {name: asdict(c.speedup(name)) for name in BASELINES},
-        "energy_ratio": {name: asdict(c.energy_ratio(name)) for name in BASELINES},
-        "speedup_iso_array": {name: asdict(c.speedup(name, iso_array=True)) for name in BASELINES},
-        "energy_ratio_iso_array": {name: asdict(c.energy_ratio(name, iso_array=True)) for name in BASELINES},
+        **_ratios(study, METHOD),
+        "other_form": _ratios(study, study.forms[1]) if len(study.forms) > 1 else None,
         "variants": {name: _variant(variant, c.estimates[name]) for name, variant in study.variants.items()},
         "assumptions": {
             "accelerator": asdict(study.accelerator),
@@ -44,15 +44,16 @@ def document(study: Study) -> dict[str, Any]:
             ],
             "element_areas": yosys_cells(),
             "codes": {
-                "measured_sites": counts.measured_sites,
-                "assumed_sites": counts.assumed_sites,
+                "measured_sites": study.paper_counts.measured_sites,
+                "assumed_sites": study.paper_counts.assumed_sites,
                 "assumed": asdict(counts.assumed),
             },
             "prompts": counts.prompts,
+            "grid_bits": counts.grid_bits,
             "quant_config": asdict(counts.quant_config) if counts.quant_config else None,
             "unmodelled": list(counts.unmodelled),
         },
-        "sensitivity": [asdict(row) for row in (*study.constant_rows, *study.code_rows)],
+        "sensitivity": [{"form": form, **asdict(row)} for form, rows in study.sensitivities.items() for row in rows],
         "ledger": {
             "about": CLAIMED,
             "is_this_model": study.is_claimed,
@@ -67,6 +68,17 @@ def document(study: Study) -> dict[str, Any]:
                 for entry in study.entries
             ],
         },
+    }
+
+
+def _ratios(study: Study, form: str) -> dict[str, Any]:
+    """Speed and energy of a form of the method over each baseline: as large as fits, and with FP32's elements."""
+    c, names = study.comparison, [name for name in baselines(study.variants) if name != form]
+    return {
+        "speedup": {name: asdict(c.speedup(name, form)) for name in names},
+        "energy_ratio": {name: asdict(c.energy_ratio(name, form)) for name in names},
+        "speedup_iso_array": {name: asdict(c.speedup(name, form, iso_array=True)) for name in names},
+        "energy_ratio_iso_array": {name: asdict(c.energy_ratio(name, form, iso_array=True)) for name in names},
     }
 
 

@@ -8,16 +8,20 @@ from html import escape
 from hwcost.board.estimate import RESOURCES
 from hwcost.pages import charts, tables
 from hwcost.pages.charts import PALETTE, Frame, legend, linear_ticks, log_ticks
-from hwcost.study.compare import METHOD
 from hwcost.study.ledger import Entry
 from hwcost.study.study import CLAIMED, Study, kernel_rows
+from hwcost.study.variants import BASELINES, GRIDS, METHOD, TWO_PATH
 
 COLOURS = dict(zip(RESOURCES, PALETTE, strict=False))
 ENERGY = {"compute": PALETTE[0], "buffers": PALETTE[2], "DRAM": PALETTE[3], "static": PALETTE[5]}
-RATIOS = ("", "speed", "energy", "speed, FP32's elements", "energy, FP32's elements")
-SHOWN = ("fp32", "fp16", "int8", "uniform", METHOD, "passes")
+SHOWN = (*BASELINES, METHOD, TWO_PATH, *(f"grid_{bits}" for bits in GRIDS), "passes")
 TOP_KERNELS = 12
 TOP_CHANGES = 10
+GRID_NOTE = (
+    "On the grid every code of every quantizer stands for a whole level on one step, so that each product is one "
+    "integer product with one sum: a plain element, a small table at the edge of the array for each row, no second "
+    "sum, no sum for each group, one rescale for each output."
+)
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1040px; margin: 32px auto; padding: 0 20px; }
@@ -40,27 +44,34 @@ small, .note { color: #5b6773; font-size: 13px; } .scroll { overflow-x: auto; }
 
 def html(study: Study) -> str:
     """The page: counts, comparison, kernels, roofline, energy, sensitivity, ledger, assumptions."""
+    gains = tables.grid_gains(study)
     sections = [
         _head(study),
+        *([_section("What the grid gains", _list(gains), GRID_NOTE)] if gains else []),
         _section("Side by side", _variants(study), "One image. Every design is as large as the board allows."),
         _section(
             "The method over its baselines",
-            _table(RATIOS, tables.ratio_rows(study)),
-            "Left: every design as large as fits. Right: all with as many processing elements as FP32 has, so that "
-            "only width and traffic differ.",
+            _table(tables.RATIO_HEAD, tables.ratio_rows(study)),
+            "Both forms of the method. Left: every design as large as fits. Right, \"same array\": all with as many "
+            "processing elements as FP32 has, so that only width and traffic differ.",
         ),
         _section("Where it gains little or nothing", _list(tables.gains_nothing(study))),
-        _section("Time, kernel by kernel", _kernel_bars(study), "In forward order; the colour names what bounds it."),
+        _section(
+            f"Time, kernel by kernel: {tables.short_form(study, METHOD)}", _kernel_bars(study),
+            "In forward order; the colour names what bounds it.",
+        ),
         _section("Longest kernels", _kernel_table(study)),
         _section(
             "Roofline", _roofline(study),
-            "One dot for each kernel with products; filled: the method, hollow: FP32. Lines are the roofs of the two "
-            "designs. Dots below their roof wait for another unit, or for folds that fill the array in part.",
+            f"One dot for each kernel with products; filled: the method ({tables.short_form(study, METHOD)}), hollow: "
+            "FP32. Lines are the roofs of the designs, the fine one that of the method's other form. Dots below their "
+            "roof wait for another unit, or for folds that fill the array in part.",
         ),
         _section("Energy", _energy(study), "Joules for one image."),
         _section(
             "What the gain over FP32 depends on", _tornado(study),
-            "Speed and energy over FP32 if one number is half or twice as large, within what is possible.",
+            "Speed and energy over FP32 if one number is half or twice as large, within what is possible. The charts "
+            f"are those of the method ({tables.short_form(study, METHOD)}).",
         ),
         _section("Claim ledger", _ledger(study)),
         _section("Constants", _constants(study)),
@@ -99,6 +110,7 @@ def _list(items: Sequence[str]) -> str:
 def _head(study: Study) -> str:
     c, total, counts = study.comparison, study.counts.totals(), study.counts
     speed, energy = c.speedup("fp32"), c.energy_ratio("fp32")
+    way, what = ("int_macs", "integer products") if counts.grid_bits else ("shifts", "shifts")
     cards = [
         (f"{speed.value:.2f}x", f"speed over FP32 [{speed.low:.2f}, {speed.high:.2f}]"),
         (f"{energy.value:.2f}x", f"energy over FP32 [{energy.low:.2f}, {energy.high:.2f}]"),
@@ -106,25 +118,25 @@ def _head(study: Study) -> str:
             f"{tables.milliseconds(float(c.estimates[METHOD].seconds[0]))} ms",
             f"an image with {counts.prompts} prompt(s)",
         ),
-        (f"{tables.number(total['macs'])}MAC", f"{tables.number(total['shifts'])} of them shifts"),
+        (f"{tables.number(total['macs'])}MAC", f"{tables.number(total[way])}of them {what}"),
         (f"{tables.number(total['weight_bytes'])}B", "weights"),
     ]
+    if TWO_PATH in study.variants:
+        gain = c.speedup(TWO_PATH)
+        cards.insert(2, (f"{gain.value:.2f}x", f"speed over the paper's form [{gain.low:.2f}, {gain.high:.2f}]"))
     boxes = "".join(f"<div><b>{escape(big)}</b><span>{escape(small)}</span></div>" for big, small in cards)
-    codes = f"{counts.measured_sites} measured and {counts.assumed_sites} assumed sites"
-    if counts.assumed_sites:
-        codes += f"; assumed: {counts.assumed.source}"
     return (
         f"<h1>{escape(study.title)}</h1>"
         f'<p class="lead">An estimate, not a measurement: every constant below has a source and a range, and the '
-        f"intervals hold 90 % of what those ranges give. Code histograms: {escape(codes)}.</p>"
+        f"intervals hold 90 % of what those ranges give. Code histograms, which decide the "
+        f"arithmetic of the paper's form alone: {escape(tables.codes_note(study))}.</p>"
         f'<div class="cards">{boxes}</div>'
     )
 
 
 def _variants(study: Study) -> str:
     own = list(study.variants).index(METHOD)
-    head = ("", "elements", "ms", "J", "speed over FP32", "energy over FP32")
-    return _table(head, tables.variant_rows(study), own=own)
+    return _table(tables.VARIANT_HEAD, tables.variant_rows(study), own=own)
 
 
 def _kernel_bars(study: Study) -> str:
@@ -148,17 +160,18 @@ def _kernel_table(study: Study) -> str:
     for row in kernel_rows(study):
         name = re.sub(r"_\d+/", "_*/", row["kernel"])
         alike.setdefault((name, row["bound"], f"{row['seconds']:.6g}"), []).append(row)
+    over = {"fp32": "over FP32", **{name: f"over {tables.short_form(study, name)}" for name in study.forms[1:]}}
     longest = sorted(alike.items(), key=lambda item: -sum(row["seconds"] for row in item[1]))[:TOP_KERNELS]
     cells = [
         [
             name, bound, str(len(rows)), tables.milliseconds(sum(row["seconds"] for row in rows)),
             *(tables.milliseconds(value) for value in rows[0]["seconds_by_resource"].values()),
-            f"{rows[0]['speedup_over_fp32']:.2f}x",
+            *(f"{rows[0][f'speedup_over_{base}']:.2f}x" for base in over),
         ]
         for (name, bound, _), rows in longest
     ]  # fmt: skip
-    head = ("kernel", "bound by", "times", "ms in all", *(f"{name}, ms each" for name in RESOURCES), "over FP32")
-    return _table(head, cells, text=(1,))
+    units = (f"{name}, ms each" for name in RESOURCES)
+    return _table(("kernel", "bound by", "times", "ms in all", *units, *over.values()), cells, text=(1,))
 
 
 def _roofline(study: Study) -> str:
@@ -166,16 +179,15 @@ def _roofline(study: Study) -> str:
     clock, efficiency = study.constants["clock_mhz"].value * 1e6, study.constants["dram_efficiency"].value
     fmax = min(clock, study.constants["fp32_fmax_mhz"].value * 1e6)
     bandwidth = efficiency * board.dram_gbps * 1e9
-    peaks = {
-        "fp32": float(c.estimates["fp32"].elements[0]) * fmax, METHOD: float(c.estimates[METHOD].elements[0]) * clock
-    }  # fmt: skip
+    elements = {name: float(c.estimates[name].elements[0]) for name in ("fp32", *study.forms)}
+    peaks = {name: count * (fmax if name == "fp32" else clock) for name, count in elements.items()}
     points = {
         name: [
             (k.macs / float(k.dram_bytes[0]), k.macs / float(k.seconds[:, 0].max()), k)
             for k in c.estimates[name].kernels
             if k.macs and k.dram_bytes[0]
         ]
-        for name in peaks
+        for name in ("fp32", METHOD)
     }
     xs = [intensity for group in points.values() for intensity, _, _ in group]
     ys = [rate for group in points.values() for _, rate, _ in group]
@@ -186,16 +198,22 @@ def _roofline(study: Study) -> str:
         "multiply-accumulates per byte of DRAM traffic", "multiply-accumulates per second",
         x_ticks=log_ticks(*x), y_ticks=log_ticks(*y),
     )  # fmt: skip
-    for name, dashed in (("fp32", True), (METHOD, False)):
+    for name in peaks:
         knee = peaks[name] / bandwidth
         start = max(x[0], y[0] / bandwidth)
         roof = [(start, start * bandwidth), (min(knee, x[1]), min(knee, x[1]) * bandwidth)]
         if knee < x[1]:
             roof.append((x[1], peaks[name]))
-        frame.line(roof, charts.INK, dashed=dashed)
-        label = f"{study.variants[name].label if name == 'fp32' else 'method'}: {tables.number(peaks[name])}MAC/s"
-        frame.text(frame.px(x[1]) - 4, frame.py(peaks[name]) - 6, label, anchor="end", fill=charts.INK)
-        for intensity, rate, k in points[name]:
+        is_other = name not in points
+        frame.line(
+            roof, charts.MUTED if is_other else charts.INK, dashed=name == "fp32", width=0.8 if is_other else 1.6
+        )
+        label = study.variants[name].label if name == "fp32" else tables.short_form(study, name)
+        label = f"{label}: {tables.number(peaks[name])}MAC/s"
+        # Roofs lie close together: the higher one is named above, the lower one below its line.
+        lift = 14 if peaks[name] < max(peaks.values()) and name != "fp32" else -6
+        frame.text(frame.px(x[1]) - 4, frame.py(peaks[name]) + lift, label, anchor="end", fill=charts.INK)
+        for intensity, rate, k in points.get(name, []):
             tip = f"{k.name}: {tables.number(rate)}MAC/s at {intensity:.3g} MAC/B, {k.bound}"
             frame.dot(intensity, rate, COLOURS[k.bound], tip, hollow=name == "fp32")
     return frame.svg("Roofline") + legend(list(COLOURS.items()))
@@ -218,16 +236,10 @@ def _energy(study: Study) -> str:
 
 
 def _tornado(study: Study) -> str:
-    speed = [
-        (row.name, row.speedup.value, row.speedup_halved, row.speedup_doubled)
-        for row in (*study.constant_rows, *study.code_rows)
-    ]
-    energy = [
-        (row.name, row.energy_ratio.value, row.energy_halved, row.energy_doubled)
-        for row in (*study.constant_rows, *study.code_rows)
-    ]
-    head = ("", "value", "status", "speed, half .. twice", "energy, half .. twice")
-    table = _table(head, tables.sensitivity_rows(study, 14), text=(2,))
+    own = study.sensitivities[METHOD]
+    speed = [(row.name, row.speedup.value, row.speedup_halved, row.speedup_doubled) for row in own]
+    energy = [(row.name, row.energy_ratio.value, row.energy_halved, row.energy_doubled) for row in own]
+    table = _table(tables.sensitivity_head(study), tables.sensitivity_rows(study, 14), text=(2,))
     charts_ = _changes("speed over FP32", speed) + _changes("energy over FP32", energy)
     return charts_ + legend((("half", PALETTE[1]), ("twice", PALETTE[0]))) + table
 

@@ -14,7 +14,7 @@ import numpy as np
 from hwcost.board.accelerator import Accelerator
 from hwcost.board.constants import CONSTANTS, Constants, Values, nominal
 from hwcost.board.estimate import Estimate, estimate
-from hwcost.study.compare import METHOD, Variant
+from hwcost.study.variants import GRIDS, METHOD, TWO_PATH, Variant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,13 @@ CLAIMS = (
     ),
 )  # fmt: skip
 
+ON_GRID = f"levels on a grid of {GRIDS[0]} bits"
 # What the papers leave open -> what it may have been.
-GRID: dict[str, tuple[str, ...]] = {
+LEFT_OPEN: dict[str, tuple[str, ...]] = {
     "baseline": ("fp32", "fp16"),
     "resources": ("as large as fits", "FP32's number of elements"),
-    "HLUQ and AGQ": ("dual-path elements", "passes on plain elements", "no cost at all"),
+    # The grid is not the papers' design; it is here to show what it would reach under the same assumptions.
+    "HLUQ and AGQ": ("two-path elements", "passes on plain elements", ON_GRID, "no cost at all"),
     "counted": ("everything", "matrix products alone"),
     "fold": ("overlapped", "drained, as SCALE-Sim"),
     "core side": ("16", "32", "64"),
@@ -106,7 +108,7 @@ class Entry:
 
     def shared(self) -> dict[str, str]:
         """The assumptions that all combinations that reach the claim have in common."""
-        sets = {key: {a.choice[key] for a in self.reached} for key in GRID}
+        sets = {key: {a.choice[key] for a in self.reached} for key in LEFT_OPEN}
         return {key: next(iter(found)) for key, found in sets.items() if len(found) == 1}
 
 
@@ -138,7 +140,11 @@ def ledger(table: dict[str, Variant], accelerator: Accelerator, constants: Const
 
 def _combinations(table: dict[str, Variant], accelerator: Accelerator, values: Values) -> Iterator[Assumptions]:
     cache: dict[tuple, Estimate] = {}
-    elements = float(estimate(table["fp32"].counts, table["fp32"].design, accelerator, values).elements[0])
+    fp32_elements = float(estimate(table["fp32"].counts, table["fp32"].design, accelerator, values).elements[0])
+    paper = table.get(TWO_PATH, table[METHOD])
+    # Without HLUQ, CAG and AGQ there are no levels, and the grid is the method itself.
+    grid = table[METHOD] if table[METHOD].counts.grid_bits == GRIDS[0] else table.get(f"grid_{GRIDS[0]}", paper)
+    elements = {"passes on plain elements": "mac", "no cost at all": "ideal"}
 
     def run(name: str, choice: Mapping[str, str]) -> Estimate:
         # What does not concern a design is no part of its key.
@@ -148,11 +154,11 @@ def _combinations(table: dict[str, Variant], accelerator: Accelerator, values: V
         if key not in cache:
             variant = table[name]
             changes: dict[str, Any] = {}
-            if choice["resources"] != GRID["resources"][0]:
-                changes["elements"] = elements
+            if choice["resources"] != LEFT_OPEN["resources"][0]:
+                changes["elements"] = fp32_elements
             if name == METHOD:
-                kinds = dict(zip(GRID["HLUQ and AGQ"], (variant.design.element, "mac", "ideal"), strict=True))
-                changes["element"] = kinds[choice["HLUQ and AGQ"]]
+                variant = grid if choice["HLUQ and AGQ"] == ON_GRID else paper
+                changes["element"] = elements.get(choice["HLUQ and AGQ"], variant.design.element)
             board = dataclasses.replace(
                 accelerator, side=int(choice["core side"]), overlap=choice["fold"] == "overlapped"
             )
@@ -162,8 +168,8 @@ def _combinations(table: dict[str, Variant], accelerator: Accelerator, values: V
             )  # fmt: skip
         return cache[key]
 
-    for options in itertools.product(*GRID.values()):
-        choice = dict(zip(GRID, options, strict=True))
+    for options in itertools.product(*LEFT_OPEN.values()):
+        choice = dict(zip(LEFT_OPEN, options, strict=True))
         fp, method = run(choice["baseline"], choice), run(METHOD, choice)
         static = choice["static power"] == "counted"
         joules = [float(e.total_joules[0] - (0 if static else e.joules["static"][0])) for e in (fp, method)]

@@ -9,10 +9,11 @@ from absl import flags
 
 from ahcptq_jax.config import METHODS, QuantConfig
 from ahcptq_jax.flags import values, with_flag_files
-from ahcptq_jax.settings import at_least, check_settings, setting, settings_of
+from ahcptq_jax.settings import Check, at_least, check_settings, setting, settings_of
 from hwcost.board.accelerator import PRESETS, Accelerator
 from hwcost.board.constants import Constants, with_values
 from hwcost.board.cycles import Dataflow
+from hwcost.counts.formats import GRID_BITS
 from sam_flax.config import CONFIGS
 from sam_flax.errors import InputError
 
@@ -50,6 +51,12 @@ class Options:
     cag: bool | None = _switch("cag")
     agq: bool | None = _switch("agq")
     groups: int | None = _switch("groups")
+    grid_bits: int = setting(
+        8,
+        "Width of the whole levels that codes stand for on the grid, 5 to 8; 0 takes the paper's own form, with two "
+        "sums in HLUQ's elements. Either is shown beside the other.",
+        check=Check(lambda bits: bits in (0, *GRID_BITS), f"0, or one of {', '.join(map(str, GRID_BITS))}"),
+    )
     prompts: int = setting(1, "Boxes decoded for each image.", check=at_least(1))
     dataflow: Dataflow = _like(Accelerator, "dataflow")
     side: int = _like(Accelerator, "side")

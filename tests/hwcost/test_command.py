@@ -18,10 +18,10 @@ from ahcptq_jax import W4A4, QuantConfig
 from hwcost import __main__ as command
 from hwcost.board.accelerator import PRESETS
 from hwcost.counts.codes import Histogram, to_json
-from hwcost.pages import page
-from hwcost.study.compare import BASELINES, METHOD, variants
+from hwcost.pages import page, tables
 from hwcost.study.options import Options, with_foreign_flags
 from hwcost.study.study import Study, kernel_rows, study_of
+from hwcost.study.variants import BASELINES, METHOD, TWO_PATH, variants
 from sam_flax.config import MINI
 from sam_flax.errors import InputError
 
@@ -59,23 +59,34 @@ def test_it_prints_and_writes_everything(done: tuple[Path, str]) -> None:
     assert {path.name for path in out.iterdir()} == {"cost.json", "layers.csv", "report.html"}
     for text in ("FP32", "INT8", "without HLUQ", "without CAG", "7.89x and 8.64x", "7.12x and 6.62x", "Not modelled"):
         assert text in printed
+    for text in ("on a grid of 8-bit levels", "on a grid of 6-bit levels", "in the paper's form, two-path elements"):
+        assert text in printed
+    for base in ("FP32", "INT8 uniform", "W4A4 uniform", "the paper's form"):
+        assert f"8-bit grid over {base}" in printed
+    assert "paper's form over FP32" in printed and "What the grid gains" in printed
 
 
 def test_json_holds_the_schema(done: tuple[Path, str]) -> None:
     document = json.loads((done[0] / "cost.json").read_text())
     assert {"totals", "layers", "speedup", "energy_ratio", "assumptions", "ledger"} <= document.keys()
     totals = document["totals"]
-    for name in ("macs", "shifts", "weight_bytes", "activation_bytes"):
+    for name in ("macs", "int_macs", "weight_bytes", "activation_bytes"):
         assert totals[name] == sum(layer[name] for layer in document["layers"]) > 0
     for ratio in ("speedup", "energy_ratio"):
-        assert set(document[ratio]) == set(BASELINES)
-        for interval in document[ratio].values():
+        assert set(document[ratio]) == {*BASELINES, TWO_PATH}
+        assert set(document["other_form"][ratio]) == set(BASELINES)
+        for interval in (*document[ratio].values(), *document["other_form"][ratio].values()):
             assert 0 < interval["low"] < interval["high"] and interval["value"] > 0
     for record in document["assumptions"]["constants"]:
         assert record["source"] and record["status"] and record["unit"]
     assert document["assumptions"]["quant_config"]["groups"] == 2, "a flag after the file"
     assert document["ledger"]["is_this_model"] is False
     assert len(document["ledger"]["entries"]) == 2
+    assert (
+        list(document["forms"]) == [METHOD, TWO_PATH] == list(dict.fromkeys(r["form"] for r in document["sensitivity"]))
+    )
+    assert document["assumptions"]["grid_bits"] == 8 and document["totals"]["shifts"] == 0
+    assert document["variants"][TWO_PATH]["totals"]["shifts"] > 0
     seconds = {row["kernel"]: row["seconds"] for row in document["kernels"]}
     assert sum(row["seconds"] for row in document["kernels"]) == pytest.approx(document["seconds"][METHOD]["value"])
     assert all(value > 0 for value in seconds.values())
@@ -111,6 +122,19 @@ def test_bars_are_as_many_and_as_high_as_the_kernels(mini: Study) -> None:
     assert len(bars) == len(rows)
     tallest = max(range(len(rows)), key=lambda i: rows[i]["seconds"])
     assert float(bars[tallest].attrib["height"]) == max(float(bar.attrib["height"]) for bar in bars)
+
+
+def test_the_papers_form_comes_first_where_it_is_asked_for() -> None:
+    paper, grid = (study_of("mini", MINI, W4A4, PRESETS["zcu102"], grid_bits=bits) for bits in (0, 8))
+    assert (paper.title, grid.title) == ("mini W4A4 on ZCU102", "mini W4A4 (8-bit grid) on ZCU102")
+    assert paper.counts == grid.paper_counts and paper.forms == (METHOD, "grid_8")
+    for shown in (paper, grid):
+        text = tables.text(shown)
+        assert "8-bit grid over FP32" in text and "paper's form over FP32" in text
+        assert {len(row) for row in tables.sensitivity_rows(shown)} == {len(tables.sensitivity_head(shown))}
+    plain = study_of("mini", MINI, QuantConfig(hluq=False, cag=False, agq=False), PRESETS["zcu102"], grid_bits=8)
+    assert "grid" not in tables.text(plain) and "grid" not in plain.title
+    page.html(plain)
 
 
 def test_switches_change_what_is_counted() -> None:
@@ -159,6 +183,7 @@ def test_flags_of_the_main_job_are_taken_from_a_file_alone(tmp_path: Path) -> No
         ({"w_bits": 9}, "w_bits=9"),
         ({"prompts": 0}, "--prompts=0"),
         ({"side": 0}, "side=0"),
+        ({"grid_bits": 4}, "--grid_bits=4 must be 0, or one of 5, 6, 7, 8"),
         ({"constant": ("speed=1",)}, "no constant 'speed'"),
         ({"constant": ("clock_mhz",)}, "NAME=NUMBER"),
         ({"constant": ("usable_lut=1.5",)}, "at most 1.0"),

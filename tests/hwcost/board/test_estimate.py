@@ -18,7 +18,7 @@ from sam_flax.config import MINI, VIT_B
 ZCU102 = PRESETS["zcu102"]
 UNIFORM = QuantConfig(hluq=False, cag=False, agq=False)
 FP32 = Design(element="float", bits=32, float_bits=32)
-DUAL = Design(element="dual_path", bits=4, float_bits=16)
+DUAL = Design(element="two_path", bits=4, float_bits=16)
 MAC = Design(element="mac", bits=4, float_bits=16)
 
 
@@ -93,6 +93,29 @@ def test_passes_follow_from_widths(mini: Counts) -> None:
         assert passes(layer, MAC) == 4, "15 octaves by 4 bits, 2 x 8 by 4, 4 x 4 by 4"
         assert passes(layer, DUAL) == {1: 2, 2: 2, 4: 4}[tau]
         assert passes(layer, dataclasses.replace(MAC, element="ideal")) == 1
+
+
+def test_levels_on_the_grid_take_one_pass_and_a_table_for_each_row(mini: Counts) -> None:
+    grid = hwcost.count(MINI, W4A4, float_bits=16, grid_bits=8)
+    eight = Design(element="levels", bits=4, level_bits=8, table_address=4, float_bits=16)
+    assert {passes(layer, eight) for layer in grid.layers} == {1}
+    cells, v = yosys_cells(), nominal()
+    assert [cells[f"levels_b4_l{bits}"]["lut"] for bits in (5, 6, 7, 8)] == [53, 60, 67, 74]
+    assert cells["mac_b4"]["lut"] < cells["levels_b4_l8"]["lut"] < cells["hluq_b4"]["lut"]
+    table = cells["level_table_a4_l8"]["lut"]
+    for side in (8, 32):
+        packed, plain = element_options(eight, v, side)
+        assert plain == (pytest.approx(cells["levels_b4_l8"]["lut"] + table / side), 0)
+        assert packed == (pytest.approx(v["int4_dsp_mac_lut"] + 4 + table / side), 0.5)
+    grouped = element_options(dataclasses.replace(eight, table_address=6), v)
+    assert grouped[1][0] - element_options(eight, v)[1][0] == pytest.approx(
+        (cells["level_table_a6_l8"]["lut"] - table) / 32
+    )
+    widths = [element_options(dataclasses.replace(eight, level_bits=bits), v) for bits in (6, 7, 8)]
+    assert widths == sorted(widths), "fewer bits are smaller"
+    w8a8 = element_options(Design(element="levels", bits=8, level_bits=8, table_address=8, float_bits=16), v)
+    int8 = element_options(Design(element="mac", bits=8, float_bits=16), v)
+    assert w8a8[0][1] == int8[0][1] and w8a8[0][0] - int8[0][0] == pytest.approx(cells["level_table_a8_l8"]["lut"] / 32)
 
 
 def test_groups_in_the_column_cost_area() -> None:

@@ -8,11 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ahcptq_jax.quantizers import Hybrid, Log2
+from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform
+from ahcptq_jax.quantizers.kinds import kind_of
 from hwcost.board import synthesis
 from hwcost.board.constants import yosys_cells
-from hwcost.board.elements import agq_sums, column_sums, hluq_sums, mac_sum
-from hwcost.board.synthesis import FIELD, RTL, agq_parameters, column_parameters, hluq_parameters, mac_parameters
+from hwcost.board.elements import agq_sums, column_sums, hluq_sums, level_sum, mac_sum
+from hwcost.board.synthesis import (
+    FIELD,
+    RTL,
+    agq_parameters,
+    column_parameters,
+    hluq_parameters,
+    lane_parameters,
+    level_parameters,
+    mac_parameters,
+    packing,
+)
 
 needs_iverilog = pytest.mark.skipif(
     shutil.which("iverilog") is None, reason="iverilog is not installed (Debian package iverilog)"
@@ -53,8 +64,9 @@ def simulate(
     *,
     wires: str = "",
     ports: str = "",
+    skip: int = 0,
 ) -> list[np.ndarray]:
-    """Clocks the module once for each vector; returns each output after every edge, as Python integers."""
+    """Clocks the module once for each vector; each output after all edges but the first `skip`, as Python integers."""
     ports = ports or ", ".join(f".{name}({name})" for name, _ in (*inputs, *outputs))
     width = sum(bits for _, bits in inputs)
     count = len(next(iter(vectors.values())))
@@ -81,7 +93,7 @@ def simulate(
     ran = subprocess.run(["vvp", "bench.vvp"], cwd=folder, capture_output=True, text=True, check=True)
     rows = [line.split() for line in ran.stdout.splitlines()]
     assert len(rows) == count, ran.stdout[:500]
-    return [np.array([int(row[i], 16) for row in rows], object) for i in range(len(outputs))]
+    return [np.array([int(row[i], 16) for row in rows[skip:]], object) for i in range(len(outputs))]
 
 
 def running(clear: np.ndarray, valid: np.ndarray, terms: np.ndarray) -> np.ndarray:
@@ -248,6 +260,93 @@ def test_cag_column(group_bits: int, tmp_path: Path) -> None:
     check(flags, *(rng.integers(0, size, (2000, rows)) for size in (16, 16, groups)))
 
 
+@needs_iverilog
+@pytest.mark.parametrize("level_bits", [6, 7, 8])
+def test_a_table_and_a_plain_element_multiply_by_levels(level_bits: int, tmp_path: Path) -> None:
+    """Every weight, code and group, through a table that is written first, against the integer model."""
+    parameters = level_parameters(4, level_bits)
+    table = np.random.default_rng(level_bits).integers(0, 2**level_bits, (4, 16))
+    table[0] = np.arange(16)  # a plain part: codes are levels
+    wires = f"""wire [{level_bits}-1:0] a;
+  level_table #(.A_BITS(4), .GROUP_BITS(2), .LEVEL_BITS({level_bits})) table_ (.clk(clk), .write(write),
+      .write_address(write_address), .write_level(write_level), .address({{part, code}}), .level(a));"""
+    inputs = (
+        *CONTROL, ("write", 1), ("write_address", 6), ("write_level", level_bits), ("w", 4), ("part", 2), ("code", 4)
+    )  # fmt: skip
+    ports = ".clear(clear), .valid(valid), .w(w), .a(a), .acc(acc)"
+
+    def run(flags: dict[str, np.ndarray], w: np.ndarray, part: np.ndarray, code: np.ndarray) -> np.ndarray:
+        """The sums after the table is written, one entry a step."""
+        idle = {name: np.concatenate([np.zeros(64, int), x]) for name, x in flags.items()}
+        steps = {name: np.concatenate([np.zeros(64, int), x]) for name, x in (("w", w), ("part", part), ("code", code))}
+        write = {
+            "write": np.arange(64 + len(w)) < 64,
+            "write_address": np.concatenate([np.arange(64), np.zeros_like(w)]),
+            "write_level": np.concatenate([table.ravel(), np.zeros_like(w)]),
+        }
+        vectors = {**idle, **{name: x.astype(int) for name, x in write.items()}, **steps}
+        outputs = (("acc", parameters["ACC_BITS"]),)
+        return simulate(
+            tmp_path, "int_mac_pe", parameters, inputs, outputs, vectors, wires=wires, ports=ports, skip=64
+        )[0]  # fmt: skip
+
+    w, part, code = exhaustive(16, 4, 16)
+    ones = np.ones(len(w), int)
+    alone = run({"clear": ones, "valid": ones}, w, part, code)
+    triples = zip(w[:, None], code[:, None], part[:, None], strict=True)
+    assert np.array_equal(alone, [level_sum(x, y, table, p) for x, y, p in triples])
+    rng = np.random.default_rng(1)
+    flags, (w, code), part = control(rng, 2000), rng.integers(0, 16, (2, 2000)), rng.integers(0, 4, 2000)
+    assert np.array_equal(run(flags, w, part, code), running(*flags.values(), w * table[part, code]))
+
+
+@needs_iverilog
+@pytest.mark.parametrize("level_bits", [5, 6, 7, 8])
+def test_products_that_share_a_dsp_do_not_touch(level_bits: int, tmp_path: Path) -> None:
+    """Every weight and level in every lane, beside random neighbours; and the longest sum of the largest products."""
+    parameters = lane_parameters(4, level_bits)
+    columns, rows, bits = parameters["LANES"], parameters["ROWS"], parameters["ACC_BITS"]
+    assert columns * rows == {8: 2, 7: 3, 6: 4, 5: 4}[level_bits]
+    inputs = (*CONTROL, ("w", 4 * columns), ("level", level_bits * rows))
+    outputs = (("acc", bits * columns * rows),)
+
+    def run(flags: dict[str, np.ndarray], w: np.ndarray, level: np.ndarray) -> np.ndarray:  # (columns, rows, steps)
+        vectors = {
+            **flags,
+            "w": (w.T.astype(object) << (4 * np.arange(columns))).sum(1),
+            "level": (level.T.astype(object) << (level_bits * np.arange(rows))).sum(1),
+        }
+        acc = simulate(tmp_path, "level_lanes", parameters, inputs, outputs, vectors)[0]
+        lanes = [np.array([(x >> (bits * i)) % 2**bits for x in acc], object) for i in range(columns * rows)]
+        return np.array(lanes).reshape(columns, rows, -1)
+
+    w, level, column, row = exhaustive(16, 2**level_bits, columns, rows)
+    rng, steps = np.random.default_rng(level_bits), np.arange(len(w))
+    others = rng.integers(0, 16, (columns, len(w))), rng.integers(0, 2**level_bits, (rows, len(w)))
+    others[0][column, steps], others[1][row, steps] = w, level
+    ones = np.ones(len(w), int)
+    got = run({"clear": ones, "valid": ones}, *others)
+    assert np.array_equal(got, others[0][:, None] * others[1][None])
+
+    count = 2**synthesis.SUM_LOG2
+    clear = np.zeros(count, int)
+    clear[0] = 1
+    full = run(
+        {"clear": clear, "valid": np.ones(count, int)},
+        np.full((columns, count), 15),
+        np.full((rows, count), 2**level_bits - 1),
+    )
+    assert set(full[..., -1].ravel()) == {15 * (2**level_bits - 1) * count}
+
+
+def test_products_fill_a_dsp_as_far_as_its_operands_reach() -> None:
+    assert packing(4, 4) == (2, 2), "the four of the public INT4 designs"
+    for bits, level_bits in ((4, 8), (4, 7), (4, 6), (8, 8), (2, 8)):
+        columns, rows = packing(bits, level_bits)
+        step = bits + level_bits
+        assert (columns - 1) * rows * step + bits <= 26 and (rows - 1) * step + level_bits <= 17
+
+
 @pytest.mark.parametrize("levels", [2, 4, 8])
 def test_hluq_sums_are_the_quantizers_values(levels: int) -> None:
     """The two sums, scaled, are the product with the decoded activations: what the method computes."""
@@ -270,13 +369,49 @@ def test_agq_sums_are_the_quantizers_values(tau: int) -> None:
     assert ours == pytest.approx(float((v * decoded).sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("grid_bits", [6, 8])
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Uniform(np.float32(0.3), np.float32(5), 4),
+        Grouped(np.array([0.1, 0.31], np.float32), np.array([3, 9], np.float32), np.arange(60) % 2, 4),
+        Hybrid(minimum=-0.17, scale_log=0.3, scale_uniform=0.21, log_levels=4.0, bits=4),
+        Log2(scale=0.9, tau=2, bits=4),
+    ],
+    ids=lambda quantizer: type(quantizer).__name__,
+)
+def test_the_sum_of_levels_is_the_quantizers_value(quantizer: Quantizer, grid_bits: int) -> None:
+    """One integer sum, scaled once, is the product with the decoded activations of every kind on the grid."""
+    kind = kind_of(quantizer)
+    quantizer = kind.on_grid(quantizer, grid_bits)
+    levels, rng = kind.levels(quantizer), np.random.default_rng(grid_bits)
+    w, codes, zero = rng.integers(0, 16, 60), rng.integers(0, 16, 60), 7
+    step, offset, table = (np.asarray(x, np.float64) for x in levels)
+    # The element is unsigned: the least level of each channel moves into the offset, known before the run.
+    least = table.min(0)
+    unsigned = (table - least).astype(int).T.reshape(-1, 16)
+    assert 0 <= unsigned.min() and unsigned.max() < 2**grid_bits
+    parts = np.arange(60) if len(unsigned) == 60 else 0
+    total = level_sum(w, codes, unsigned, parts) - zero * level_sum(np.ones(60, int), codes, unsigned, parts)
+    ours = step * total + ((offset + step * least) * (w - zero)).sum()
+    decoded = np.asarray(quantizer.decode(codes), np.float64)
+    assert ours == pytest.approx(float(((w - zero) * decoded).sum()), rel=1e-5, abs=1e-5)
+
+
 @needs_yosys
 @pytest.mark.parametrize(
     "key",
     [
         "mac_b4",
         "hluq_b4",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("agq_b4_tau2", "cag_column_b4_g4", "hluq_dsp_b4")),
+        "levels_b4_l8",
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in (
+                *("agq_b4_tau2", "cag_column_b4_g4", "hluq_dsp_b4"),
+                *("levels_b4_l7", "levels_b4_l6", "level_table_a4_l8", "level_table_a6_l8", "level_lanes_b4_l8"),
+            )
+        ),
     ],
 )
 def test_areas_are_what_yosys_measures(key: str) -> None:

@@ -18,6 +18,7 @@ from hwcost.counts.codes import Histogram
 from hwcost.counts.counts import Counts
 from sam_flax.config import CONFIGS, MINI, VIT_B, SamConfig
 from sam_flax.encoders import vit
+from sam_flax.errors import InputError
 from sam_flax.sam import Sam
 
 # Two kinds of block and the padding of windows that do not divide the grid, in a graph that traces in seconds.
@@ -181,6 +182,41 @@ def test_without_hluq_and_agq_nothing_shifts() -> None:
     assert plain.shifts == plain.skipped == plain.dual_adds == 0 < plain.int_macs
 
 
+@pytest.mark.parametrize("grid_bits", [5, 6, 7, 8])
+def test_on_the_grid_every_product_has_one_sum(grid_bits: int, quantized: Counts) -> None:
+    grid = hwcost.count(VIT_B, W4A4, grid_bits=grid_bits)
+    for layer, paper in zip(grid.layers, quantized.layers, strict=True):
+        assert layer.accumulators == 1 and layer.log_levels == 0, layer.path
+        ops = layer.ops
+        assert ops.shifts == ops.skipped == ops.dual_adds == 0 and ops.macs == ops.int_macs + ops.float_macs
+        if layer.gemm and not layer.is_float:
+            assert ops.rescales == layer.gemm.m * layer.gemm.n * layer.gemm.repeat, "one for each output"
+        # Codes stay codes in memory and on the bus.
+        assert (layer.inputs, layer.outputs, layer.weights) == (paper.inputs, paper.outputs, paper.weights)
+        assert ops.float_macs == paper.ops.float_macs and ops.elementwise == paper.ops.elementwise
+    by_path = {layer.path: layer for layer in grid.layers}
+    block = "image_encoder/blocks_0"
+    widths = {"mlp/lin2": grid_bits, "attn/qkv": grid_bits, "attn/av": grid_bits, "attn/qk": 4, "attn/proj": 4}
+    for name, width in widths.items():
+        layer = by_path[f"{block}/{name}"]
+        assert layer.a.product_bits == width and layer.b.product_bits == 4, name
+    assert grid.grid_bits == grid_bits and quantized.grid_bits == 0
+
+
+def test_on_the_grid_a_site_stores_its_table() -> None:
+    def qparams(path: str, **switches: Any) -> int:
+        counts = hwcost.count(MINI, dataclasses.replace(W4A4, **switches), grid_bits=8)
+        return next(layer.qparam_bits for layer in counts.layers if layer.path == path)
+
+    block, dim = "image_encoder/blocks_0", MINI.embed_dim
+    weights = dim * (32 + 4)  # a scale and a zero point for each of lin2's outputs
+    assert qparams(f"{block}/mlp/lin2") == weights + 2 * 32 + 16 * 8, "step, offset and 16 levels"
+    # Four multiples of the step, one for each group, of which every channel names one; never more than eight.
+    assert qparams(f"{block}/attn/qkv") == 3 * weights + 2 * 32 + 4 * 16 * 8 + dim * 2
+    for groups in (8, 16, 0):
+        assert qparams(f"{block}/attn/qkv", groups=groups) == 3 * weights + 2 * 32 + 8 * 16 * 8 + dim * 3
+
+
 def test_prompts_scale_the_decoder_alone() -> None:
     one, eight = (hwcost.count(MINI, W4A4, prompts=p) for p in (1, 8))
     assert one.totals("encoder") == eight.totals("encoder")
@@ -193,6 +229,13 @@ def test_bad_arguments_get_one_sentence() -> None:
         hwcost.count(MINI, prompts=0)
     with pytest.raises(ValueError, match="float_bits=8"):
         hwcost.count(MINI, float_bits=8)
+    for grid_bits in (1, 4, 9, -8):
+        with pytest.raises(InputError, match=f"grid_bits={grid_bits} must be 5, 6, 7, 8, or 0"):
+            hwcost.count(MINI, W4A4, grid_bits=grid_bits)
+    with pytest.raises(InputError, match="grid_bits=5 has no room for activations of a_bits=6"):
+        hwcost.count(MINI, QuantConfig(w_bits=4, a_bits=6), grid_bits=5)
+    with pytest.raises(ValueError, match="no graph of the architecture 'hiera'; write hwcost/counts/graphs/hiera.py"):
+        hwcost.count(MINI, architecture="hiera")
     with pytest.raises(ValueError, match="belongs to no"):
         hwcost.count(MINI, W4A4, {"image_encoder/blocks_9/attn/softmax": [1] * 16})
     with pytest.raises(ValueError, match="16 codes, not 2\\^5"):

@@ -10,18 +10,10 @@ from ahcptq_jax import W4A4, QuantConfig
 from hwcost.board.accelerator import PRESETS
 from hwcost.board.constants import CONSTANTS
 from hwcost.counts.codes import Histogram, mini_codes
-from hwcost.study.compare import (
-    BASELINES,
-    METHOD,
-    Comparison,
-    Interval,
-    Variant,
-    code_sensitivities,
-    compare,
-    sensitivities,
-    variants,
-)
-from hwcost.study.ledger import CLAIMS, GRID, Entry, ledger
+from hwcost.study.compare import Comparison, Interval, compare
+from hwcost.study.ledger import CLAIMS, LEFT_OPEN, ON_GRID, Entry, ledger
+from hwcost.study.sensitivity import code_sensitivities, sensitivities
+from hwcost.study.variants import BASELINES, GRIDS, METHOD, TWO_PATH, Variant, baselines, forms, variants
 from sam_flax.config import MINI, VIT_L
 from sam_flax.errors import InputError
 
@@ -145,6 +137,48 @@ def test_a_histogram_that_cannot_be_used_is_refused(site: str, histogram: Any, s
         variants(MINI, W4A4, {site: histogram})
 
 
+@pytest.fixture(scope="module")
+def on_grid() -> Comparison:
+    return compare(variants(VIT_L, W4A4, grid_bits=8), ZCU102)
+
+
+def test_the_grid_lies_between_uniform_codes_and_the_papers_form(on_grid: Comparison, comparison: Comparison) -> None:
+    assert forms(on_grid.variants) == (METHOD, TWO_PATH) and baselines(on_grid.variants) == (*BASELINES, TWO_PATH)
+    assert forms(comparison.variants) == (METHOD, "grid_8") and baselines(comparison.variants) == BASELINES
+    seconds = {name: float(e.seconds[0]) for name, e in on_grid.estimates.items()}
+    joules = {name: float(e.total_joules[0]) for name, e in on_grid.estimates.items()}
+    for figure in (seconds, joules):
+        assert figure["uniform"] < figure["grid_6"] < figure["grid_7"] < figure[METHOD] < figure[TWO_PATH]
+        assert figure[METHOD] < figure["int8"]
+    # With as many elements the grid takes the time of uniform codes: it is the same product.
+    assert on_grid.speedup("uniform", iso_array=True).value == pytest.approx(1, rel=0.01)
+    assert on_grid.speedup(TWO_PATH, iso_array=True).value > 1.05
+    # Which form comes first changes none of the figures.
+    assert seconds[TWO_PATH] == comparison.estimates[METHOD].seconds[0]
+    assert seconds[METHOD] == comparison.estimates["grid_8"].seconds[0]
+
+
+def test_on_the_grid_measured_codes_change_nothing_but_the_other_form() -> None:
+    codes = {HYBRID: {"counts": COUNTS, "log_levels": 4}}
+    measured, assumed = (variants(MINI, W4A4, c, grid_bits=8) for c in (codes, None))
+    assert measured[METHOD].counts.layers == assumed[METHOD].counts.layers
+    assert measured[TWO_PATH].counts.measured_sites == measured[METHOD].counts.measured_sites == 1
+    assert measured[TWO_PATH].counts.layers != assumed[TWO_PATH].counts.layers
+    assert not code_sensitivities(measured, ZCU102) and code_sensitivities(measured, ZCU102, form=TWO_PATH)
+
+
+def test_without_levels_there_is_no_grid() -> None:
+    plain = variants(MINI, QuantConfig(hluq=False, cag=False, agq=False), grid_bits=8)
+    assert set(plain) == {*BASELINES, METHOD, "passes"} and forms(plain) == (METHOD,)
+    wide = variants(MINI, QuantConfig(w_bits=8, a_bits=8), grid_bits=8)
+    assert not {f"grid_{bits}" for bits in GRIDS} & set(wide), "8-bit codes do not fit in fewer"
+    for bits in ((8, 2), (2, 6), (7, 4), (8, 8)):
+        mixed = variants(MINI, QuantConfig(w_bits=bits[0], a_bits=bits[1]), grid_bits=8)
+        assert compare(mixed, ZCU102).estimates[METHOD].seconds[0] > 0, bits
+    with pytest.raises(InputError, match="no room for activations of a_bits=8"):
+        variants(MINI, QuantConfig(w_bits=8, a_bits=8), grid_bits=7)
+
+
 def test_sensitivities_cover_every_constant_and_come_sorted(table: dict[str, Variant]) -> None:
     rows = sensitivities(table, ZCU102)
     assert {row.name for row in rows} == set(CONSTANTS)
@@ -178,7 +212,7 @@ def entries(table: dict[str, Variant], comparison: Comparison) -> list[Entry]:
 def test_the_ledger_says_what_reaches_the_claims(entries: list[Entry]) -> None:
     assert [entry.claim for entry in entries[:2]] == list(CLAIMS)
     for entry in entries:
-        assert entry.combinations == np.prod([len(options) for options in GRID.values()])
+        assert entry.combinations == np.prod([len(options) for options in LEFT_OPEN.values()])
         for a in entry.reached:
             assert a.speedup >= entry.claim.speedup and a.energy_ratio >= entry.claim.energy_ratio
             assert all(a.choice[key] == value for key, value in entry.shared().items())
@@ -187,6 +221,7 @@ def test_the_ledger_says_what_reaches_the_claims(entries: list[Entry]) -> None:
 
 
 def test_the_grid_holds_the_comparison_itself(entries: list[Entry]) -> None:
+    assert {a.choice["HLUQ and AGQ"] for a in entries[3].tried} > {ON_GRID}
     own = entries[3]
     assert own.nearest.distance(own.claim) < 1e-9
     assert own.nearest.choice["counted"] == "everything" and own.nearest.choice["baseline"] == "fp32"
