@@ -8,6 +8,8 @@ from ahcptq_jax.settings import Check, at_least, between, check_settings, settin
 MIN_BITS, MAX_BITS = 2, 8
 # How per-tensor ranges of activations are found.
 ACT_RANGES = ("minmax", "percentile", "mse")
+# Widths of levels on the integer grid.
+GRIDS = (5, 6, 7, 8)
 # What CAG's k-means sees of a channel, see `quantizers.searches.grouping`.
 GROUP_METRICS = ("paper", "normalized", "range")
 
@@ -40,6 +42,11 @@ class QuantConfig:
     hluq_fine: bool = setting(False, "Search HLUQ's breakpoint on a finer grid than the paper's 9 pairs.")
     act_range: str = setting(
         "minmax", "How per-tensor ranges of activations are found; mse is by loss.", choices=ACT_RANGES
+    )
+    grid_bits: int = setting(
+        0,
+        "Bits of the whole levels that all activations are put on; 0 leaves the paper's form.",
+        check=Check(lambda bits: bits in (0, *GRIDS), f"0 or one of {', '.join(map(str, GRIDS))}"),
     )
     weight_search: bool = setting(True, "Search the ranges of weights; else their plain minimum and maximum.")
     hluq_rows: int = setting(

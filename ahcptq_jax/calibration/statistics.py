@@ -95,11 +95,17 @@ def update_statistics(
 
 
 def finalize(statistics: Mapping[str, Any], rules: Iterable[SiteRule], settings: QuantConfig) -> dict[str, Quantizer]:
-    """Statistics by site -> quantizers by site. All sites of a kind and width are finished in one call."""
+    """Statistics by site -> quantizers by site, on the integer grid if the settings say so.
+
+    All sites of a kind and width are finished in one call.
+    """
     together: dict[tuple[str, int], dict[str, Any]] = {}
     for rule in rules:
         together.setdefault((rule.kind, rule.bits), {})[rule.path] = statistics[rule.path]
     quantizers: dict[str, Quantizer] = {}
     for (kind, bits), states in together.items():
-        quantizers |= kind_named(kind).statistic.finalize(states, bits, settings)
+        found = kind_named(kind).statistic.finalize(states, bits, settings)
+        if settings.grid_bits:
+            found = {path: kind_named(kind).on_grid(q, settings.grid_bits) for path, q in found.items()}
+        quantizers |= found
     return quantizers

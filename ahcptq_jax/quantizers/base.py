@@ -191,6 +191,18 @@ def _scale_gradient_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax
     return value, tangents[0] * factor
 
 
+@jax.custom_jvp
+def straight_through(value: jax.Array, instead: jax.Array) -> jax.Array:
+    """`instead`, with the gradient as if it were `value`."""
+    del value
+    return instead
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return primals[1], tangents[0]
+
+
 def lsq_factor(numel: int, channels: int, bits: int) -> float:
     """LSQ's gradient factor ``1/sqrt(values per scale * highest code)``.
 

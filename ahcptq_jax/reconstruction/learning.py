@@ -18,7 +18,7 @@ import optax
 
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
 from ahcptq_jax.quantizers import Quantizer, Uniform, fake_quant_lsq
-from ahcptq_jax.quantizers.base import MIN_SCALE
+from ahcptq_jax.quantizers.base import MIN_SCALE, straight_through
 from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.reconstruction import adaround
 from ahcptq_jax.reconstruction.units import GRANULARITIES, PARTS, Operation
@@ -186,6 +186,20 @@ def _with_scales(quantizers: Mapping[str, Quantizer], scales: Mapping[str, dict[
     return {path: dataclasses.replace(q, **scales.get(path, {})) for path, q in quantizers.items()}
 
 
+def on_grid(quantizer: Quantizer, grid_bits: int) -> Quantizer:
+    """The quantizer on the grid, with gradients to its own scales as if it were itself; itself with `grid_bits` 0.
+
+    Channels that are not grouped yet stay off the grid, whose few multiples of a step are for few groups.
+    """
+    kind = kind_of(quantizer)
+    own = kind.channel_groups
+    if not grid_bits or (own is not None and own.count(quantizer) == own.labels(quantizer).shape[0]):
+        return quantizer
+    snapped = kind.on_grid(jax.lax.stop_gradient(quantizer), grid_bits)
+    learned = {name: straight_through(v, getattr(snapped, name)) for name, v in kind.learned_values(quantizer).items()}
+    return dataclasses.replace(snapped, **learned)
+
+
 def padded(quantizer: Quantizer) -> Quantizer:
     """The quantizer as the compiled step takes it: room for one group per channel, leaves of plain types."""
     groups = kind_of(quantizer).channel_groups
@@ -277,7 +291,7 @@ def _merge_rows(a: jax.Array, rows: jax.Array) -> jax.Array:
     return a[rows].reshape(-1, *a.shape[2:])
 
 
-@partial(jax.jit, static_argnames=("operation", "loss_axis", "config"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("operation", "loss_axis", "config", "grid_bits"), donate_argnames="state")
 @in_float32
 def advance(
     problem: Problem,
@@ -291,6 +305,7 @@ def advance(
     operation: Operation,
     loss_axis: int,
     config: ReconstructionConfig,
+    grid_bits: int = 0,
 ) -> tuple[State, jax.Array]:
     """Iterations `first` to `last - 1` of a unit's reconstruction.
 
@@ -299,6 +314,7 @@ def advance(
         places: (chunk, batch) int32, the rows of each iteration, counted from `first`.
         first, last: traced, at most `chunk` apart: stages of any length are one program.
         key: of the unit; iterations derive theirs from it.
+        grid_bits: not 0 puts the quantizers on a grid of so many bits in every forward; what is learned stays off it.
 
     Returns:
         The new state, and the mean over the iterations of the reconstruction loss and of the weighted regularizer.
@@ -317,7 +333,8 @@ def advance(
             for layer, alpha in rounding.items()
         }
         params = unflatten(flatten(problem.params) | kernels)
-        handler = _dropping(_with_scales(quantizers, scales), seeds[len(inputs) :], config.activation_drop)
+        current = {path: on_grid(q, grid_bits) for path, q in _with_scales(quantizers, scales).items()}
+        handler = _dropping(current, seeds[len(inputs) :], config.activation_drop)
         with intercept_sites(handler):
             output = operation(params, *args)
         difference = jnp.square(output - target)
@@ -399,6 +416,7 @@ def finish(
     weights: Mapping[str, QuantizedWeight],
     quantizers: Mapping[str, Quantizer],
     groups: int,
+    grid_bits: int = 0,
 ) -> tuple[dict[str, QuantizedWeight], dict[str, Quantizer]]:
     """The unit's integer weights and deterministic quantizers: every layer's rounding is made hard.
 
@@ -406,6 +424,7 @@ def finish(
         weights: what `start` was given; layers whose rounding is not learned keep theirs.
         quantizers: what `start` was given.
         groups: at the end of the ladder; 0 if there was none.
+        grid_bits: of the grid that the quantizers end on; 0 for none.
     """
     found = dict(weights)
     for layer, alpha in state.rounding.items():
@@ -418,5 +437,5 @@ def finish(
         if own is not None:
             calibrated = own.count(quantizers[path])
             quantizer = own.trimmed(quantizer, min(calibrated, groups) if groups else calibrated)
-        trimmed[path] = quantizer
+        trimmed[path] = kind_of(quantizer).on_grid(quantizer, grid_bits) if grid_bits else quantizer
     return found, trimmed

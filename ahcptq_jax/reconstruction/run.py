@@ -79,7 +79,8 @@ def quantize_reconstructed(
 ) -> Quantized:
     """Calibrates as `quantize.quantize_model` does, then reconstructs; arguments as there and in `reconstruct`.
 
-    Channels stay on their own in the calibration, and are grouped while they are learned.
+    Channels stay on their own and quantizers off the grid in the calibration; they are grouped, and put on it, while
+    they are learned.
 
     Raises:
         ValueError: as both of them.
@@ -87,7 +88,7 @@ def quantize_reconstructed(
     check_model(sam, params)
     images = prepare_images(calib, sam, config)
     folder = None if state_dir is None else Path(state_dir)
-    start = dataclasses.replace(config, groups=0)
+    start = dataclasses.replace(config, groups=0, grid_bits=0)
     inputs = [(image.canvas, image.boxes) for image in images]
     identity = saved_state.fingerprint(saved_state.code_version(), sam.config, start, params, inputs)
     calibrated = None if folder is None else _load_calibrated(folder, identity)
@@ -166,7 +167,7 @@ def reconstruct(
         boxes: for each image, prompts (P, 4) in canvas pixels; P is the same for all.
         config: how to learn.
         target: the configuration to end with, whose `groups` the channels are brought down to; by default that of
-            `quantized`. Only `groups` and `group_metric` may differ.
+            `quantized`. Only `groups`, `group_metric` and `grid_bits` may differ.
         progress: shows a bar on stderr.
         state_dir: where finished units are kept, and found again by a later run with the same arguments.
         on_unit: called after each unit, when it has been saved.
@@ -206,7 +207,8 @@ def _check(
                 "quantize.prepare makes them, or call quantize_reconstructed with the images themselves."
             )
     have = quantized.quant_config
-    if dataclasses.replace(target, groups=have.groups, group_metric=have.group_metric) != have:
+    same = {name: getattr(have, name) for name in ("groups", "group_metric", "grid_bits")}
+    if dataclasses.replace(target, **same) != have or have.grid_bits not in (0, target.grid_bits):
         raise ValueError(
             "The model was calibrated with another configuration than the one to end with; calibrate anew."
         )
@@ -392,7 +394,7 @@ def _reconstruct_unit(run: _Run, unit: Unit, data: Dataset) -> UnitReport:
         groups = 0
     problem, state = learning.start(unflatten(unit.own(flatten(run.params))), weights, quantizers, config)
     state = _learn(run, unit, problem, state, data, config, groups)
-    weights, quantizers = learning.finish(problem, state, weights, quantizers, groups)
+    weights, quantizers = learning.finish(problem, state, weights, quantizers, groups, run.target.grid_bits)
     run.weights |= {unit.prefix + layer: weight for layer, weight in weights.items()}
     run.activations |= {unit.prefix + site: quantizer for site, quantizer in quantizers.items()}
     report = UnitReport(unit.name, before, run.error(unit, data), time.perf_counter() - began)
@@ -447,6 +449,7 @@ def _learn(
             operation=unit.operation,
             loss_axis=unit.loss_axis,
             config=static,
+            grid_bits=run.target.grid_bits,
         )
         run.bar.update(stop - step)
         if not run.bar.disable:

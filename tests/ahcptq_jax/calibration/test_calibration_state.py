@@ -167,6 +167,7 @@ CHANGES: dict[str, Any] = {
     "hluq_reach_maximum": True,
     "hluq_fine": True,
     "act_range": "percentile",
+    "grid_bits": 8,
     "weight_search": False,
     "hluq_rows": 5,
     "softmax_rows": 5,

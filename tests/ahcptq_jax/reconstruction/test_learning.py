@@ -10,7 +10,8 @@ import pytest
 
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
-from ahcptq_jax.quantizers import Grouped, Uniform
+from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
+from ahcptq_jax.quantizers.kinds import kind_named
 from ahcptq_jax.reconstruction import learning, units
 from ahcptq_jax.reconstruction.learning import ReconstructionConfig
 from ahcptq_jax.reconstruction.units import gather
@@ -190,3 +191,47 @@ def test_a_step_costs_little_more_than_a_float_step(capsys):
     with capsys.disabled():
         print(f"\nMLP 768-3072-768, 4096 tokens: step {ours:.2f} s, float step {plain:.2f} s, ratio {ours / plain:.2f}")
     assert ours / plain < 2
+
+
+GRID_CASES = {
+    "uniform": Uniform(jnp.float32(0.3), jnp.float32(5), 4),
+    "grouped": Grouped(jnp.array([0.31, 0.5, 1.13]), jnp.array([3.0, 8.0, 12.0]), jnp.arange(8) % 3, 4),
+    "hybrid": Hybrid.from_range(-0.17, 3.0, 0.3, 0.25, 4),
+    "log2": Log2(jnp.float32(0.7), jnp.int32(2), 4),
+}
+
+
+@pytest.mark.parametrize("kind", GRID_CASES)
+@pytest.mark.parametrize("bits", [6, 8])
+def test_learning_on_the_grid_computes_on_it_and_learns_beside_it(kind, bits):
+    """The forward is that of the quantizer on the grid, exactly; gradients are those with respect to its own scales."""
+    quantizer = GRID_CASES[kind]
+    x = jnp.asarray(np.random.default_rng(0).uniform(0, 3, (5, 8)), jnp.float32)
+    expected = kind_named(kind).on_grid(quantizer, bits)
+    found = learning.on_grid(quantizer, bits)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    learned = kind_named(kind).learned_values(quantizer)
+
+    def loss(values):
+        return jnp.sum(learning.on_grid(dataclasses.replace(quantizer, **values), bits).fake_quant(x) ** 2)
+
+    def loss_there(values):
+        return jnp.sum(dataclasses.replace(expected, **values).fake_quant(x) ** 2)
+
+    gradients = jax.grad(loss)(learned)
+    there = jax.grad(loss_there)(kind_named(kind).learned_values(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), gradients, there)
+
+
+def test_channels_that_are_not_grouped_yet_stay_off_the_grid():
+    alone = Grouped(jnp.linspace(0.1, 5.0, 16), jnp.full(16, 7.0), jnp.arange(16), 4)
+    assert learning.on_grid(alone, 8) is alone
+
+
+def test_what_is_finished_is_on_the_grid():
+    quantizers = dict(GRID_CASES)
+    problem, state = learning.start({}, {}, quantizers, ReconstructionConfig())
+    _, found = learning.finish(problem, state, {}, quantizers, 0, 8)
+    for kind, quantizer in found.items():
+        expected = kind_named(kind).on_grid(quantizers[kind], 8)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), quantizer, expected)
