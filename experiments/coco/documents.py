@@ -1,8 +1,8 @@
 """COCO's instance documents, checked (https://cocodataset.org/#format-data)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from pycocotools import mask as mask_utils
 
@@ -58,57 +58,74 @@ def parse_instances(document: Mapping[str, Any], source: str, limit: int | None,
     categories = _parse_categories(document, source)
     known_categories = {category["id"] for category in categories}
 
-    annotations: list[dict[str, Any]] = []
-    boxes: list[Corners] = []
     renumber = _needs_new_ids(raw_annotations)
-    needed = ("image_id", "category_id", "bbox") if require_masks else ("image_id", "bbox")
-    mask_boxes: list[Corners | None] = []
-    clipped = 0
+    found: list[_Parsed] = []
     for position, raw in enumerate(raw_annotations):
         name = f"Annotation {raw.get('id', position) if isinstance(raw, dict) else position} of {source}"
-        if not isinstance(raw, dict) or not set(needed) <= raw.keys():
-            missing = [key for key in needed if not isinstance(raw, dict) or key not in raw]
-            raise InputError(f"{name} lacks {', '.join(missing)}: use COCO's instances format.")
-        if not is_integer(raw["image_id"]) or raw["image_id"] not in listed_ids:
-            raise InputError(
-                f"{name} belongs to image {raw['image_id']}, which the file does not list: "
-                "remove the annotation or add the image."
-            )
-        if raw["image_id"] not in sizes:
-            continue
-        category = raw.get("category_id", 0)
-        if require_masks and (not is_integer(category) or category not in known_categories):
-            raise InputError(
-                f"{name} has category {category}, which the file does not define: "
-                "add the category or correct the annotation."
-            )
-        width, height = sizes[raw["image_id"]]
-        box, was_clipped = _annotated_box(raw["bbox"], width, height, name)
-        clipped += was_clipped
-        record: dict[str, Any] = {
-            "id": position + 1 if renumber else raw["id"],
-            "image_id": raw["image_id"],
-            "category_id": category if is_integer(category) else 0,
-            "bbox": [float(value) for value in raw["bbox"]],
-            "iscrowd": int(bool(raw.get("iscrowd", 0))),
-        }
-        mask = _mask(raw.get("segmentation"), width, height, name, require_masks)
-        if mask is not None:
-            record["segmentation"] = mask
-        mask_boxes.append(None if mask is None else box_around(mask, width, height))
-        record["area"] = _area(raw, record, width, height)
-        annotations.append(record)
-        boxes.append(box)
-    if not annotations:
+        _check_annotation(raw, name, listed_ids, known_categories, require_masks)
+        if raw["image_id"] in sizes:
+            number = position + 1 if renumber else raw["id"]
+            found.append(_parse_annotation(raw, name, number, sizes[raw["image_id"]], require_masks))
+    if not found:
         raise InputError(
             f"None of the first {len(images)} images of {source} has an annotation: evaluate more images (--limit)."
         )
-    limits = [sizes[record["image_id"]] for record in annotations]
-    written = [tuple(record["bbox"]) for record in annotations]
-    if wrong := misreading(written, limits, mask_boxes):
+    records, boxes = [one.record for one in found], [one.box for one in found]
+    mask_boxes = [one.mask_box for one in found]
+    written = [tuple(record["bbox"]) for record in records]
+    if wrong := misreading(written, [sizes[record["image_id"]] for record in records], mask_boxes):
         raise InputError(f"{source} holds {wrong}: write COCO's [x, y, width, height] in pixels.")
-    far = far_from_masks(boxes, mask_boxes)
-    return Instances(images, annotations, boxes, categories, listed_ids, clipped, far)
+    clipped, far = sum(one.clipped for one in found), far_from_masks(boxes, mask_boxes)
+    return Instances(images, records, boxes, categories, listed_ids, clipped, far)
+
+
+class _Parsed(NamedTuple):
+    """One annotation: its record for pycocotools, its clipped box, whether that was cut, the box around its mask."""
+
+    record: dict[str, Any]
+    box: Corners
+    clipped: bool
+    mask_box: Corners | None
+
+
+def _check_annotation(
+    raw: Any, name: str, image_ids: Container[int], categories: Container[int], require_masks: bool
+) -> None:
+    """InputError unless an annotation has what is needed and belongs to an image and a category of its file."""
+    needed = ("image_id", "category_id", "bbox") if require_masks else ("image_id", "bbox")
+    if not isinstance(raw, dict) or not set(needed) <= raw.keys():
+        missing = [key for key in needed if not isinstance(raw, dict) or key not in raw]
+        raise InputError(f"{name} lacks {', '.join(missing)}: use COCO's instances format.")
+    if not is_integer(raw["image_id"]) or raw["image_id"] not in image_ids:
+        raise InputError(
+            f"{name} belongs to image {raw['image_id']}, which the file does not list: "
+            "remove the annotation or add the image."
+        )
+    if require_masks and (not is_integer(raw["category_id"]) or raw["category_id"] not in categories):
+        raise InputError(
+            f"{name} has category {raw['category_id']}, which the file does not define: "
+            "add the category or correct the annotation."
+        )
+
+
+def _parse_annotation(
+    raw: Mapping[str, Any], name: str, number: int, size: tuple[int, int], require_masks: bool
+) -> _Parsed:
+    """A checked annotation of an image of this (width, height); `number` becomes its id."""
+    category = raw.get("category_id")
+    box, clipped = _annotated_box(raw["bbox"], *size, name)
+    record: dict[str, Any] = {
+        "id": number,
+        "image_id": raw["image_id"],
+        "category_id": category if is_integer(category) else 0,
+        "bbox": [float(value) for value in raw["bbox"]],
+        "iscrowd": int(bool(raw.get("iscrowd", 0))),
+    }
+    mask = _mask(raw.get("segmentation"), *size, name, require_masks)
+    if mask is not None:
+        record["segmentation"] = mask
+    record["area"] = _area(raw, record, *size)
+    return _Parsed(record, box, clipped, None if mask is None else box_around(mask, *size))
 
 
 def _mask(segmentation: Any, width: int, height: int, name: str, required: bool) -> Any:

@@ -68,6 +68,16 @@ def resume(
             f"{path} holds partial results of another evaluation (different {', '.join(different)}): "
             "remove it or choose another --out."
         )
+    done, valid = _finished(path, lines, dataset, boxes)
+    if valid < len(data):
+        os.truncate(path, valid)
+    return done
+
+
+def _finished(
+    path: Path, lines: list[bytes], dataset: CocoDataset, boxes: BoxSet
+) -> tuple[dict[int, ImageResult], int]:
+    """The images in the lines below the header, and how many bytes of the file hold whole lines."""
     items = {item.image_id: item for item in dataset.items}
     done: dict[int, ImageResult] = {}
     valid = len(lines[0]) + 1
@@ -81,9 +91,7 @@ def resume(
             raise InputError(f"Line {number} of {path} is damaged: remove the file to start this evaluation again.")
         done[result.image_id] = result
         valid += len(line) + 1
-    if valid < len(data):
-        os.truncate(path, valid)
-    return done
+    return done, valid
 
 
 def append(path: Path, result: ImageResult) -> None:

@@ -10,6 +10,7 @@ from ahcptq_jax.methods import RECONSTRUCTION_METHODS
 from ahcptq_jax.reconstruction.learning import ReconstructionConfig
 from ahcptq_jax.settings import Check, Setting, at_least, between, check_settings, setting, settings_of
 from sam_flax.errors import InputError
+from sam_flax.files.writing import printable_path
 from sam_flax.sam import Precision
 
 # Generated scenes to evaluate on.
@@ -205,7 +206,8 @@ class Options(_Overrides):
 
     def model_name(self) -> str:
         """What is quantized, for titles and tables."""
-        name = "MINI" if self.checkpoint == "mini" else PurePosixPath(self.checkpoint.replace("\\", "/")).name
+        file = PurePosixPath(self.checkpoint.replace("\\", "/")).name
+        name = "MINI" if self.checkpoint == "mini" else printable_path(file)
         return f"{name}, harder by {self.harder:g}" if self.harder else name
 
 

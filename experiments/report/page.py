@@ -224,9 +224,9 @@ def _figure(panel: HybridPanel | GroupPanel) -> str:
 
 def _settings(results: Mapping[str, Any]) -> str:
     """Configuration, time and size of the run."""
-    config = dict(_flatten(results.get("config") or {}))
-    seconds = {key: f"{value:.1f} s" for key, value in _flatten(results.get("seconds") or {}) if value is not None}
-    sizes = {key: _bytes(value) for key, value in _flatten(results.get("bytes") or {}) if value is not None}
+    config = dict(_dotted(results.get("config") or {}))
+    seconds = {key: f"{value:.1f} s" for key, value in _dotted(results.get("seconds") or {}) if value is not None}
+    sizes = {key: _bytes(value) for key, value in _dotted(results.get("bytes") or {}) if value is not None}
     tables = "".join(
         f"<div><h3>{title}</h3><dl class=pairs>"
         + "".join(f"<dt>{_escape(key)}</dt><dd>{_escape(_text(value))}</dd>" for key, value in pairs.items())
@@ -246,12 +246,12 @@ def _subtitle(config: Any) -> str:
     return f"<p>{' · '.join(_escape(part) for part in parts)}</p>" if parts else ""
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Pairs of a nested mapping, with dotted names."""
     pairs: list[tuple[str, Any]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            pairs += _flatten(value, f"{prefix}{key}.")
+            pairs += _dotted(value, f"{prefix}{key}.")
         else:
             pairs.append((f"{prefix}{key}", value))
     return pairs

@@ -13,6 +13,7 @@ from ahcptq_jax.architectures.sites import below, intercept_sites
 from ahcptq_jax.quantizers import Grouped, Hybrid, Uniform
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax.encoders.vit import Block, Neck, PatchEmbed
+from sam_flax.layers import in_float32
 from sam_flax.sam import Params, SamModel, apply_embed, apply_stage, call, encoder_stages
 
 # Fine enough that the part up to the breakpoint, a tenth of the range, still has a shape.
@@ -63,6 +64,7 @@ class GroupPanel:
     group_max: np.ndarray | None = None
 
 
+@in_float32
 def layer_panels(
     quantized: Quantized,
     model: SamModel,

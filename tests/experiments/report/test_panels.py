@@ -108,3 +108,18 @@ def test_blocks_are_ordered_by_number(model):
 def test_a_model_without_such_layers_has_no_panels(model):
     quantized = Quantized({}, {}, {}, model.sam, QuantConfig())
     assert panels.layer_panels(quantized, model, []) == []
+
+
+def test_products_are_in_full_float32_whatever_the_default_is(shown, model, monkeypatch):
+    seen = []
+    activations = panels._activations
+
+    def noting(*arguments):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return activations(*arguments)
+
+    monkeypatch.setattr(panels, "_activations", noting)
+    quantized, calib, _ = shown
+    with jax.default_matmul_precision("bfloat16"):
+        panels.layer_panels(quantized, model, calib, images=1)
+    assert seen == ["float32"]
