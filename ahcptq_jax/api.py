@@ -1,40 +1,26 @@
-"""`quantize(params, calib)`: from a floating-point SAM and a few images to a `Quantized` one."""
+"""`quantize`: from a floating-point segmenter and a few images to a `Quantized` one, with or without reconstruction."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+from ahcptq_jax.architectures import architecture_of, known_architectures, module_of
 from ahcptq_jax.architectures.sites import flatten, unflatten
-from ahcptq_jax.calibration import passes, saved_state
+from ahcptq_jax.calibration import saved_state
 from ahcptq_jax.calibration.cache import StatisticsCache
+from ahcptq_jax.calibration.calibrate import Calibrated, calibrate
+from ahcptq_jax.calibration.images import CalibrationImage, prepare_images
 from ahcptq_jax.config import W4A4, QuantConfig
-from ahcptq_jax.quantizers import Uniform, searches
-from ahcptq_jax.recipe import weight_path
-from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
-from sam_flax import preprocessing
-from sam_flax.encoders.vit import PatchEmbed
-from sam_flax.files.infer import infer_config
-from sam_flax.sam import Params, Sam, apply_embed
-
-
-@dataclasses.dataclass(frozen=True)
-class CalibrationImage:
-    """One image as the model sees it.
-
-    Attributes:
-        canvas: (S, S, 3) float32, normalised and padded.
-        boxes: (P, 4) float32 prompts in canvas pixels.
-    """
-
-    canvas: np.ndarray
-    boxes: np.ndarray
+from ahcptq_jax.formats import artefact
+from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.run import UnitReport, reconstruct
+from ahcptq_jax.runtime.quantized import Quantized
+from sam_flax.errors import InputError
+from sam_flax.sam import Params
 
 
 def quantize(
@@ -42,204 +28,186 @@ def quantize(
     calib: Iterable[Any],
     config: QuantConfig = W4A4,
     *,
-    sam: Sam | None = None,
+    sam: Any = None,
+    reconstruction: ReconstructionConfig | None = None,
+    state_dir: str | Path | None = None,
+    cache: StatisticsCache | None = None,
     progress: bool = True,
+    on_unit: Callable[[UnitReport], None] | None = None,
 ) -> Quantized:
-    """Quantizes a SAM, calibrated on a few images; `quantize_reconstructed` goes on to learn rounding and scales.
+    """Quantizes a segmenter, calibrated on a few images, and learns its rounding and scales if asked.
 
     Args:
-        params: parameters of a SAM, as `sam_flax.load_sam` returns them.
+        params: its parameters, as `sam_flax.load_sam` returns them.
         calib: images as (H, W, 3) uint8 arrays, each alone or as (image, boxes) with boxes (N, 4) as x0, y0, x1, y1
             in pixels of that image. An image alone is prompted with the box that covers it. 32 images are usual.
-        config: bits and switches.
-        sam: the module; by default it is inferred from the parameters' shapes, with the 32 channels per decoder head
-            that all SAMs have.
+        config: bits, rules and switches.
+        sam: the module. By default it is that of the configuration which the parameters of `load_sam` carry.
+        reconstruction: how to learn rounding and scales, for example `ReconstructionConfig(iterations=200)`; None
+            leaves the calibration as it is.
+        state_dir: where the state is kept; a later run with the same arguments goes on there and ends with the same
+            result.
+        cache: passes over the images and quantized weights of earlier runs, to which those of this run are added; the
+            result is the same without it.
         progress: shows bars on stderr.
+        on_unit: called after each unit of the reconstruction.
 
     Returns:
         The quantized model, which `sam_flax.SamPredictor` takes as it is.
 
     Raises:
-        ValueError: if the parameters are no SAM's or not finite, or a calibration image or box is unusable.
+        InputError: if the parameters are no known model's, or not finite, or do not fit `sam`; if a calibration image
+            or box is unusable; or if a configuration is none.
+        ValueError: if a file in `state_dir` is damaged or another run's.
     """
-    return quantize_model(check_model(sam, params), params, calib, config, progress=progress)
+    _check_configurations(config, reconstruction)
+    sam = check_model(sam, params)
+    images = prepare_images(calib, sam, config)
+    folder = None if state_dir is None else Path(state_dir)
+    if reconstruction is None:
+        calibrated = calibrate(sam, params, images, config, progress=progress, state_dir=folder, cache=cache)
+        return calibrated.quantized.with_rounded_remainder()
+    # Channels stay on their own and quantizers off the grid in the calibration; they are grouped, and put on it, while
+    # they are learned.
+    start = dataclasses.replace(config, groups=0, grid_bits=0)
+    calibrated = _calibrated(sam, params, images, start, folder, progress, cache)
+    finished = reconstruct(
+        sam,
+        calibrated.params,
+        calibrated.quantized,
+        [image.canvas for image in images],
+        [image.boxes for image in images],
+        reconstruction,
+        target=config,
+        progress=progress,
+        state_dir=folder,
+        on_unit=on_unit,
+    )
+    # As a file holds it: what is returned, saved and loaded is one model.
+    return finished.with_rounded_remainder()
 
 
-def check_model(sam: Sam | None, params: Params) -> Sam:
-    """The module that fits the parameters, which is `sam` if given.
-
-    Raises:
-        ValueError: if the parameters are no SAM's or another SAM's.
-    """
-    parts = ("image_encoder", "prompt_encoder", "mask_decoder")
-    if not isinstance(params, Mapping) or not all(isinstance(params.get(part), Mapping) for part in parts):
-        raise ValueError(
-            f"params must be the nested parameters of a SAM, with {', '.join(parts)}, but is a "
-            f"{type(params).__name__} without them; pass the second result of sam_flax.load_sam."
-        )
-    # With one head every width is possible; the real number is not in the shapes.
-    inferred = infer_config(params, decoder_num_heads=1)
-    if sam is None:
-        return Sam(dataclasses.replace(inferred, decoder_num_heads=max(1, inferred.out_chans // 32)))
-    for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "out_chans", "decoder_depth"):
-        if getattr(sam.config, name) != getattr(inferred, name):
-            raise ValueError(
-                f"sam has {name}={getattr(sam.config, name)} but params are those of a SAM with "
-                f"{name}={getattr(inferred, name)}; pass both results of one load_sam."
-            )
-    return sam
+def quantize_model(sam: Any, params: Params, calib: Iterable[Any], config: QuantConfig, **options: Any) -> Quantized:
+    """`quantize` with the module first; for programs written for an earlier version."""
+    return quantize(params, calib, config, sam=sam, **options)
 
 
-def quantize_model(
-    sam: Sam,
+def quantize_reconstructed(
+    sam: Any,
     params: Params,
     calib: Iterable[Any],
     config: QuantConfig,
-    *,
-    progress: bool,
-    state_dir: str | Path | None = None,
-    cache: StatisticsCache | None = None,
+    reconstruction: ReconstructionConfig,
+    **options: Any,
 ) -> Quantized:
-    """`quantize` with the module given.
+    """`quantize` with a reconstruction; for programs written for an earlier version."""
+    return quantize(params, calib, config, sam=sam, reconstruction=reconstruction, **options)
 
-    Args:
-        progress: shows bars on stderr.
-        state_dir: where the encoder's statistics are kept after each image, and found again by a later run with the
-            same arguments, which ends with the same result.
-        cache: passes of earlier runs over the same images and weights that they quantized, to which those of this run
-            are added; the result is the same without it.
+
+def _check_configurations(config: Any, reconstruction: Any) -> None:
+    """Raises InputError unless both are what their names say."""
+    if not isinstance(config, QuantConfig):
+        raise InputError(
+            f"config must be an ahcptq_jax.QuantConfig, such as W4A4, but is a {type(config).__name__}; for a method "
+            "by name give QuantConfig(**METHODS[name])."
+        )
+    if reconstruction is not None and not isinstance(reconstruction, ReconstructionConfig):
+        raise InputError(
+            "reconstruction must be an ahcptq_jax.ReconstructionConfig, or None for none, but is a "
+            f"{type(reconstruction).__name__}."
+        )
+
+
+def check_model(sam: Any, params: Any) -> Any:
+    """The module that the parameters belong to, which is `sam` if given.
 
     Raises:
-        ValueError: as `quantize`, or if a file in `state_dir` is damaged or another run's.
+        InputError: if the parameters are no model's, or another model's than `sam`, or do not say which.
     """
-    check_model(sam, params)
-    items = prepare_images(calib, sam, config)
-    quantized = quantize_prepared(sam, params, items, config, progress=progress, state_dir=state_dir, cache=cache)
-    return quantized.with_rounded_remainder()
+    if isinstance(sam, Mapping) or (sam is not None and not hasattr(sam, "config")):
+        raise InputError(
+            f"sam must be a module, such as the first result of sam_flax.load_sam, but is a {type(sam).__name__}."
+        )
+    candidates = known_architectures() if sam is None else (architecture_of(sam),)
+    if not any(_has_parts(params, architecture.parts) for architecture in candidates):
+        raise InputError(
+            f"params must be the nested parameters of a SAM, with {', '.join(candidates[0].parts)}, but is a "
+            f"{type(params).__name__} without them; pass the second result of sam_flax.load_sam."
+        )
+    carried = getattr(params, "config", None)
+    if sam is None:
+        if carried is None:
+            raise InputError(
+                "params do not say how many heads the decoder has, nor the pixel statistics, which no shape shows; "
+                "pass sam=, the first result of sam_flax.load_sam."
+            )
+        sam = module_of(carried)
+    elif carried not in (None, sam.config):
+        # What shapes do not hold would be taken from the one or the other: two models were mixed.
+        different = [name for name, value in vars(sam.config).items() if getattr(carried, name, None) != value]
+        raise InputError(
+            f"sam and params are not of one model: they say different {', '.join(different) or 'configurations'}; pass "
+            "both results of one load_sam."
+        )
+    architecture_of(sam).check(sam, params)
+    return sam
 
 
-def prepare_images(calib: Iterable[Any], sam: Sam, config: QuantConfig) -> list[CalibrationImage]:
-    """Checks all calibration items and moves them to the canvas; see `prepare`.
-
-    Raises:
-        ValueError: if there are none, or one is unusable.
-    """
-    if not isinstance(calib, Iterable):
-        raise ValueError(f"calib must be an iterable of images but is a {type(calib).__name__}; pass a list.")
-    rng = np.random.default_rng(config.seed)
-    items = [prepare(i, item, sam, config, rng) for i, item in enumerate(calib)]
-    if not items:
-        raise ValueError("There are no calibration images; give at least one, 32 are usual.")
-    return items
+def _has_parts(params: Any, parts: tuple[str, ...]) -> bool:
+    """Whether an object is a nested mapping with these parts at its top."""
+    return isinstance(params, Mapping) and all(isinstance(params.get(part), Mapping) for part in parts)
 
 
-def quantize_prepared(
-    sam: Sam,
+# The whole calibration is kept: a unit's identity rests on its last bits, which may be others on other processors.
+_CALIBRATED = "calibrated.npz"
+
+
+def _calibrated(
+    sam: Any,
     params: Params,
-    items: Sequence[CalibrationImage],
+    images: list[CalibrationImage],
     config: QuantConfig,
-    *,
+    folder: Path | None,
     progress: bool,
-    state_dir: str | Path | None = None,
-    cache: StatisticsCache | None = None,
-) -> Quantized:
-    """`quantize_model` with the images on their canvases.
+    cache: StatisticsCache | None,
+) -> Calibrated:
+    """The calibration, from the state folder if it is there."""
+    if folder is None:
+        return calibrate(sam, params, images, config, progress=progress, cache=cache)
+    inputs = [(image.canvas, image.boxes) for image in images]
+    identity = saved_state.fingerprint(saved_state.code_version(), sam.config, config, params, inputs)
+    found = _load_calibrated(folder, identity, params)
+    if found is None:
+        found = calibrate(sam, params, images, config, progress=progress, state_dir=folder / "calibration", cache=cache)
+        _save_calibrated(folder, identity, params, found)
+    return found
 
-    Raises:
-        ValueError: if a parameter is not finite, or a file in `state_dir` is damaged or another run's.
-    """
-    _check_finite(params)
 
-    def bar(iterable: Iterable[Any], label: str) -> Iterable[Any]:
-        return tqdm(iterable, desc=label, disable=not progress, mininterval=1)
+def _save_calibrated(folder: Path, identity: str, params: Params, calibrated: Calibrated) -> None:
+    """Keeps a calibration: the quantized model, and of the parameters what transforms have made of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        file = Path(scratch) / "calibrated.safetensors"
+        artefact.save(calibrated.quantized, file)
+        content = np.frombuffer(file.read_bytes(), np.uint8)
+    before = flatten(params)
+    changed = {
+        f"params/{path}": np.asarray(value)
+        for path, value in flatten(calibrated.params).items()
+        if value is not before[path] and not np.array_equal(np.asarray(value), np.asarray(before[path]))
+    }
+    saved_state.save(folder / _CALIBRATED, identity, {"artefact": content, **changed})
 
-    # As the paper's recipe: statistics come from the floating-point model; BIG is done before the decoder's.
-    embed_params = {k: params["image_encoder"][k] for k in ("patch_embed", "pos_embed")}
-    embed = partial(apply_embed, PatchEmbed(sam.config.patch_size, sam.config.embed_dim, parent=None), embed_params)
-    saved = None
-    if state_dir is not None:
-        identity = saved_state.fingerprint(
-            saved_state.code_version(), sam.config, config, params, [item.canvas for item in items]
-        )
-        saved = passes.SavedStatistics(Path(state_dir), identity)
-    if cache is None:
-        cache = StatisticsCache()
-    else:
-        inputs = [(item.canvas, item.boxes) for item in items]
-        cache.keep_passes_of(saved_state.fingerprint(sam.config, config.seed, params, inputs))
-    canvases = bar([item.canvas for item in items], "calibrate encoder")
-    activations, embeddings = passes.observe_encoder(sam, params, canvases, config, embed, saved, cache)
-    boxes = [item.boxes for item in items]
-    if config.big:
-        params, _ = passes.unify_keys(sam, params, embeddings, boxes)
-    prompts = bar(boxes, "calibrate decoder")
-    activations |= passes.observe_decoder(sam, params, embeddings, prompts, config, cache)
 
-    layers = sorted({path for site in activations if (path := weight_path(site)) is not None})
+def _load_calibrated(folder: Path, identity: str, params: Params) -> Calibrated | None:
+    path = folder / _CALIBRATED
+    arrays = saved_state.load(path, identity)
+    if arrays is None:
+        return None
     flat = flatten(params)
-    weights = {}
-    for layer in bar(layers, "quantize weights"):
-        kernel = flat.pop(f"{layer}/kernel")
-        key = (saved_state.fingerprint(kernel), config.w_bits, config.weight_search)
-        if key not in cache.weights:
-            cache.weights[key] = quantize_weight(kernel, config)
-        weights[layer] = cache.weights[key]
-    return Quantized(unflatten(flat), weights, activations, sam, config)
-
-
-def quantize_weight(kernel: jax.Array, config: QuantConfig) -> QuantizedWeight:
-    """A kernel (..., out) as packed codes, quantized per output channel."""
-    kernel = jnp.asarray(kernel, jnp.float32)
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    if config.weight_search:
-        quantizer = searches.search_weight(matrix, config.w_bits)
-    else:
-        quantizer = Uniform.from_range(matrix.min(0), matrix.max(0), config.w_bits)
-    return _pack_weight(kernel, quantizer)
-
-
-@jax.jit
-def _pack_weight(kernel: jax.Array, quantizer: Uniform) -> QuantizedWeight:
-    codes = quantizer.encode(kernel)
-    return QuantizedWeight.from_codes(codes, quantizer.scale, quantizer.zero_point, quantizer.bits)
-
-
-def prepare(index: int, item: Any, sam: Sam, config: QuantConfig, rng: np.random.Generator) -> CalibrationImage:
-    """Checks one calibration item and moves it to the canvas.
-
-    Every image gets `prompts_per_image` boxes, chosen by `rng` or repeated, so that all share one shape.
-
-    Raises:
-        ValueError: if the image or a box is unusable; the sentence names its position.
-    """
-    image, boxes = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
-    try:
-        image = preprocessing.check_image(image)
-    except ValueError as error:
-        raise ValueError(f"Calibration item {index}: {error}") from error
-    height, width = image.shape[:2]
-    try:
-        boxes = np.array([[0, 0, width, height]] if boxes is None else boxes, np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"Calibration item {index}: boxes must be numbers; give x0, y0, x1, y1 in pixels.") from None
-    if boxes.ndim != 2 or boxes.shape[-1] != 4 or len(boxes) == 0 or not np.isfinite(boxes).all():
-        raise ValueError(
-            f"Calibration item {index}: boxes of shape {boxes.shape} must be a non-empty, finite (N, 4) array of "
-            "x0, y0, x1, y1 in pixels."
-        )
-    clipped = np.clip(boxes, 0, [width, height, width, height])
-    if (clipped[:, 2:] <= clipped[:, :2]).any():
-        raise ValueError(
-            f"Calibration item {index}: a box has no area inside its image of {width}x{height} pixels; "
-            "remove it or give corners as x0, y0, x1, y1."
-        )
-    order = np.resize(rng.permutation(len(boxes)), config.prompts_per_image)
-    canvas, _ = preprocessing.prepare_image(image, sam.config)
-    return CalibrationImage(canvas, preprocessing.apply_boxes(clipped[order], (height, width), sam.config.img_size))
-
-
-def _check_finite(params: Params) -> None:
-    for path, value in flatten(params).items():
-        # On the host: jitted, every shape would be compiled for one look.
-        if not np.isfinite(np.asarray(value)).all():
-            raise ValueError(f"Parameter {path} contains NaN or infinity; load an intact checkpoint.")
+    changed = {name.removeprefix("params/"): value for name, value in arrays.items() if name != "artefact"}
+    saved_state.check_names(path, arrays, ["artefact", *(f"params/{name}" for name in changed if name in flat)])
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "calibrated.safetensors"
+        file.write_bytes(arrays["artefact"].tobytes())
+        return Calibrated(artefact.load(file), unflatten(flat | changed))

@@ -1,8 +1,11 @@
 """What to quantize to, and which parts of the method are on."""
 
 import dataclasses
+from typing import Any
 
+from ahcptq_jax.rules import Rule
 from ahcptq_jax.settings import Check, at_least, between, check_settings, setting
+from sam_flax.errors import InputError
 
 # Widths of codes that the quantizers, the packing and the products are made for.
 MIN_BITS, MAX_BITS = 2, 8
@@ -56,8 +59,39 @@ class QuantConfig:
     prompts_per_image: int = setting(8, "Boxes per calibration image shown to the decoder.", check=at_least(1))
     seed: int = setting(0, "Seed of the choice of rows and prompts.", check=between(0, 2**31 - 2), sweep=False)
 
+    # The user's own rules, which come before the architecture's; a rule as a dict of its fields is taken, too.
+    rules: tuple[Rule, ...] = ()
+    # Names of rewritings of the parameters before `big`'s, such as "harder:1"; see `transforms`.
+    transforms: tuple[str, ...] = ()
+
     def __post_init__(self) -> None:
         check_settings(self)
+        object.__setattr__(self, "rules", _as_rules(self.rules))
+        if not isinstance(self.transforms, tuple | list) or not all(isinstance(t, str) for t in self.transforms):
+            raise InputError(f"transforms={self.transforms!r} must be a tuple of names, such as ('harder:1',).")
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+
+
+def _as_rules(values: Any) -> tuple[Rule, ...]:
+    """Checked rules of a configuration.
+
+    Raises:
+        InputError: if one is no rule, or has a width that no code can have.
+    """
+    if not isinstance(values, tuple | list):
+        raise InputError(f"rules={values!r} must be a tuple of ahcptq_jax.Rule.")
+    rules = []
+    for value in values:
+        try:
+            rule = value if isinstance(value, Rule) else Rule(**value)
+        except TypeError:
+            raise InputError(f"rules has {value!r}, which is no ahcptq_jax.Rule.") from None
+        for name in ("a_bits", "w_bits"):
+            bits = getattr(rule, name)
+            if bits is not None and (not isinstance(bits, int) or isinstance(bits, bool) or not _WIDTH.accepts(bits)):
+                raise InputError(f"The rule {rule.pattern!r} has {name}={bits!r}, which must be {_WIDTH.wanted}.")
+        rules.append(rule)
+    return tuple(rules)
 
 
 W4A4 = QuantConfig(w_bits=4, a_bits=4)

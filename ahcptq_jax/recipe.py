@@ -1,46 +1,83 @@
-"""Which tensor gets which quantizer (METHOD section 5), as data.
+"""The recipe of one quantization, as data: which site gets which quantizer and widths, and which transforms come first.
 
-A rule maps a pattern over site paths to a kind. Everything that no rule names stays in floating point: patch
-embedding, positions, norms, prompt encoder, output upscaling, IoU head and hypernetwork MLPs.
+The rules are the user's own (`QuantConfig.rules`), then those of the model's architecture. For each of kind, activation
+bits and weight bits, the first rule that matches a site and says something about it decides.
 """
 
-import re
-from typing import Literal
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
 
+from ahcptq_jax.architectures import Architecture, architecture_named
 from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.rules import FLOAT, Rule
 
-Kind = Literal["uniform", "grouped", "hybrid", "log2"]
+Kind = str
 
-_ENCODER = r"image_encoder/blocks_\d+"
-_DECODER = r"mask_decoder/transformer"
-_DECODER_ATTENTION = _DECODER + r"/(layers_\d+/\w+_attn|layers_\d+/cross_attn_\w+|final_attn_token_to_image)"
-
-RULES: tuple[tuple[str, Kind], ...] = (
-    (_ENCODER + r"/attn/qkv/input", "grouped"),
-    (_ENCODER + r"/attn/proj/input", "uniform"),
-    (_ENCODER + r"/attn/[qkv]", "uniform"),
-    (_ENCODER + r"/attn/softmax", "log2"),
-    (_ENCODER + r"/mlp/lin1/input", "grouped"),
-    (_ENCODER + r"/mlp/lin2/input", "hybrid"),
-    (r"image_encoder/neck/conv[12]/input", "uniform"),
-    (_DECODER_ATTENTION + r"/[qkv]_proj/input", "grouped"),
-    (_DECODER_ATTENTION + r"/out_proj/input", "uniform"),
-    (_DECODER_ATTENTION + r"/[qkv]", "uniform"),
-    (_DECODER_ATTENTION + r"/softmax", "log2"),
-    (_DECODER + r"/layers_\d+/mlp/lin1/input", "grouped"),
-    (_DECODER + r"/layers_\d+/mlp/lin2/input", "hybrid"),
-)
-# Keys that BIG inspects: tokens attending to the image.
-BIMODAL_ATTENTION = _DECODER + r"/(layers_\d+/cross_attn|final_attn)_token_to_image"
+# Kind -> the switch of `QuantConfig` that turns it off in an architecture's rules, and leaves uniform in its place.
+SWITCHES = {"hybrid": "hluq", "grouped": "cag", "log2": "agq"}
 
 
-def site_kind(path: str, config: QuantConfig) -> Kind | None:
-    """The quantizer of a site, after the method's switches; None for floating point."""
-    for pattern, kind in RULES:
-        if re.fullmatch(pattern, path):
-            switched_off = {"hybrid": not config.hluq, "grouped": not config.cag, "log2": not config.agq}
-            return "uniform" if switched_off.get(kind, False) else kind
-    return None
+class Choice(NamedTuple):
+    """What a site gets: the kind of its quantizer, its bits, and the bits of the weights that meet it, if any do."""
+
+    kind: Kind
+    a_bits: int
+    w_bits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Rules in order of precedence, and the settings that they leave open. Hashable.
+
+    Attributes:
+        rules: the first that says something about a site decides.
+        config: widths where no rule gives one; settings of the searches.
+        transforms: names of the rewritings of the parameters, in order; see `transforms`.
+    """
+
+    rules: tuple[Rule, ...]
+    config: QuantConfig
+    transforms: tuple[str, ...] = ()
+
+    def at(self, path: str) -> Choice | None:
+        """What the site of this path gets; None for floating point."""
+        kind, a_bits, w_bits = None, None, None
+        for rule in self.rules:
+            if rule.matches(path):
+                kind = rule.kind if kind is None else kind
+                a_bits = rule.a_bits if a_bits is None else a_bits
+                w_bits = rule.w_bits if w_bits is None else w_bits
+        if kind is None or kind == FLOAT:
+            return None
+        return Choice(kind, a_bits or self.config.a_bits, w_bits or self.config.w_bits)
+
+    def idle(self, paths: Iterable[str]) -> list[Rule]:
+        """The rules that match none of the sites."""
+        sites = list(paths)
+        return [rule for rule in self.rules if not any(rule.matches(path) for path in sites)]
+
+    def unnamed(self, paths: Iterable[str]) -> list[str]:
+        """The sites of which no rule says a kind: they stay in floating point, perhaps by oversight."""
+        return [path for path in paths if not any(rule.kind and rule.matches(path) for rule in self.rules)]
+
+
+def recipe_of(architecture: Architecture, config: QuantConfig) -> Recipe:
+    """The recipe of a configuration for an architecture, whose rules come last and obey the method's switches."""
+    rules = [*config.rules]
+    for rule in architecture.rules:
+        switch = SWITCHES.get(rule.kind or "")
+        rules.append(rule if switch is None or getattr(config, switch) else dataclasses.replace(rule, kind="uniform"))
+    transforms = [*config.transforms]
+    if config.big:
+        transforms.append("bimodal")
+    return Recipe(tuple(rules), config, tuple(transforms))
+
+
+def site_kind(path: str, config: QuantConfig, architecture: str = "sam_vit") -> Kind | None:
+    """The kind of a site's quantizer, after the method's switches; None for floating point."""
+    choice = recipe_of(architecture_named(architecture), config).at(path)
+    return None if choice is None else choice.kind
 
 
 def weight_path(site: str) -> str | None:

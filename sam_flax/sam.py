@@ -13,6 +13,7 @@ from sam_flax.encoders.vit import Block, ImageEncoderViT, Neck, PatchEmbed, make
 from sam_flax.heads.mask_decoder import MaskDecoder
 from sam_flax.heads.prompt_encoder import PromptEncoder
 from sam_flax.layers import in_float32
+from sam_flax.stages import EMBEDDED, Stage, StageGraph
 
 Params = dict[str, Any]  # nested, float32 arrays at the leaves
 Points = tuple[jax.Array, jax.Array]
@@ -168,6 +169,31 @@ def encoder_stages(config: SamConfig) -> list[tuple[str, Block | Neck]]:
     return [*stages, ("neck", Neck(config.embed_dim, config.out_chans, parent=None))]
 
 
+def stage_graph(config: SamConfig) -> StageGraph:
+    """`encoder_stages` as a graph: a chain from the embedded image to the neck."""
+    stages, before = [], EMBEDDED
+    for key, module in encoder_stages(config):
+        stages.append(Stage(key, f"image_encoder/{key}/", module, (before,)))
+        before = key
+    return StageGraph(tuple(stages), (before,))
+
+
+def embed_image(config: SamConfig, params: Params, images: jax.Array) -> jax.Array:
+    """Images (B, S, S, 3), normalised and padded -> tokens (B, g, g, D), what the first stage takes.
+
+    Args:
+        config: of the model.
+        params: all of the model's; only those of the patch embedding and the positions are read.
+        images: the canvases.
+
+    Raises:
+        ValueError: if the images have another size.
+    """
+    check_canvas(images, config)
+    own = {key: params["image_encoder"][key] for key in ("patch_embed", "pos_embed")}
+    return apply_embed(PatchEmbed(config.patch_size, config.embed_dim, parent=None), own, images)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamModel:
     """A SAM with its parameters, run stage by stage: two compilations serve any number of encoder blocks.
@@ -189,10 +215,8 @@ class SamModel:
 
     def encode_image(self, images: jax.Array) -> jax.Array:
         """Images (B, S, S, 3), normalised and padded -> embeddings (B, g, g, C)."""
-        check_canvas(images, self.config)
         encoder = self.params["image_encoder"]
-        embed = PatchEmbed(self.config.patch_size, self.config.embed_dim, parent=None)
-        x = apply_embed(embed, {k: encoder[k] for k in ("patch_embed", "pos_embed")}, images)
+        x = embed_image(self.config, self.params, images)
         for key, module in encoder_stages(self.config):
             x = apply_stage(module, encoder[key], x, self.precision)
         return x

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 
-from ahcptq_jax.runtime.quantized import QuantizedWeight
+from ahcptq_jax.quantizers.weights import QuantizedWeight
 
 V = TypeVar("V")
 
@@ -22,11 +22,11 @@ class Observed:
 
     Attributes:
         statistics: what calibration accumulated, by site or by stage and site.
-        embeddings: of the images, each (1, g, g, C); none from the decoder's pass.
+        embeddings: of the images, each an array or a tuple of arrays; none from the decoder's pass.
     """
 
     statistics: dict[str, Any]
-    embeddings: list[np.ndarray]
+    embeddings: list[Any]
 
 
 class Recent(MutableMapping[Hashable, V], Generic[V]):

@@ -1,36 +1,37 @@
 """One streaming pass over calibration images: activations -> statistics -> quantizers.
 
-Statistics are taken on the floating-point model, one image at a time, inside the jitted function that runs a block:
-activations never leave it. Blocks of one kind share one compilation on a device, whatever their number. Where there are
-several devices, each has some of the blocks and the images pass from one to the next.
+Statistics are taken on the floating-point model, one image at a time, inside the jitted function that runs a stage:
+activations never leave it. Stages of one kind share one compilation on a device, whatever their number. Where there are
+several devices, each has some of the stages and the images pass from one to the next.
 """
 
-import dataclasses
-import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ahcptq_jax.architectures import architecture_of
+from ahcptq_jax.architectures.base import Operation
 from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
 from ahcptq_jax.calibration import saved_state
 from ahcptq_jax.calibration.cache import Observed, StatisticsCache
+from ahcptq_jax.calibration.saved_statistics import SavedStatistics
 from ahcptq_jax.calibration.statistics import SiteRule, finalize, init_statistics, relevant, update_statistics
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Quantizer
-from ahcptq_jax.recipe import BIMODAL_ATTENTION, site_kind
-from ahcptq_jax.transforms import bimodal
+from ahcptq_jax.recipe import Recipe
 from sam_flax.layers import in_float32
-from sam_flax.sam import Params, Sam, call, encoder_stages
+from sam_flax.sam import Params
+from sam_flax.stages import Stage
+
+Run = Callable[..., Any]  # (parameters, inputs...) -> output, hashable
+
 
 Sites = tuple[SiteRule, ...]
-Run = Callable[[Params, Any], Any]
 
 
 @partial(jax.jit, static_argnames=("run", "sites", "config"))
@@ -39,7 +40,7 @@ def observe(
     run: Run,
     params: Params,
     statistics: dict[str, Any],
-    inputs: Any,
+    inputs: tuple[Any, ...],
     key: jax.Array,
     *,
     sites: Sites,
@@ -55,16 +56,18 @@ def observe(
         return value
 
     with intercept_sites(capture):
-        output = run(params, inputs)
+        output = run(params, *inputs)
     keys = jax.random.split(key, len(sites))
     updated = {
-        rule.path: update_statistics(statistics[rule.path], rule, captured, params, k, config)
-        for rule, k in zip(sites, keys, strict=True)
+        rule.path: update_statistics(statistics[rule.path], rule, captured, params, site_key, config)
+        for rule, site_key in zip(sites, keys, strict=True)
     }
     return output, updated
 
 
-def discover(run: Run, params: Params, inputs: Any, prefix: str, config: QuantConfig) -> tuple[Sites, dict[str, Any]]:
+def discover(
+    run: Run, params: Params, inputs: tuple[Any, ...], prefix: str, recipe: Recipe
+) -> tuple[Sites, dict[str, Any]]:
     """The quantized sites of a part of the model and their empty statistics, found by abstract evaluation."""
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -75,75 +78,12 @@ def discover(run: Run, params: Params, inputs: Any, prefix: str, config: QuantCo
 
     with intercept_sites(note):
         # A new function every time: JAX caches traces of equal functions, and a cached one calls no site.
-        jax.eval_shape(lambda params, inputs: run(params, inputs), params, inputs)
-    kinds = ((path, site_kind(prefix + path, config)) for path in sorted(shapes))
-    sites = tuple(SiteRule(path, kind, config.a_bits) for path, kind in kinds if kind is not None)
-    return sites, {rule.path: init_statistics(rule, shapes[rule.path], config) for rule in sites}
-
-
-class _ApplyStage:
-    """`module.apply` as a hashable function: equal modules are equal functions, and share a compilation."""
-
-    def __init__(self, module: nn.Module, method: str | None = None):
-        self.module, self.method = module, method
-
-    def __call__(self, params: Params, inputs: Any) -> Any:
-        args = inputs if isinstance(inputs, tuple) else (inputs,)
-        return call(self.module, params, *args, method=self.method)
-
-    def __hash__(self) -> int:
-        return hash((type(self.module), self.method))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ApplyStage) and (self.module, self.method) == (other.module, other.method)
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedStatistics:
-    """The encoder's calibration in a folder, so that a killed one goes on after its last finished image.
-
-    Attributes:
-        folder: holds one file of statistics and one for each embedding.
-        identity: of the run, see `saved_state.fingerprint`.
-    """
-
-    folder: Path
-    identity: str
-
-    def load(self, empty: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """Statistics and embeddings of the finished images; `empty` statistics and none if there is no file.
-
-        Raises:
-            ValueError: if a file is damaged or another run's.
-        """
-        path = self.folder / "statistics.npz"
-        arrays = saved_state.load(path, self.identity)
-        if arrays is None:
-            return empty, []
-        leaves, structure = jax.tree.flatten(empty)
-        saved_state.check_names(path, arrays, ["images", *(f"leaf/{i}" for i in range(len(leaves)))])
-        found = [arrays[f"leaf/{i}"] for i in range(len(leaves))]
-        if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(found, leaves, strict=True)):
-            raise saved_state.damaged(path, "an array has a wrong shape")
-        embeddings = []
-        for index in range(int(arrays["images"])):
-            file = self._embedding(index)
-            embedding = saved_state.load(file, self.identity)
-            if embedding is None or "embedding" not in embedding:
-                raise saved_state.damaged(path, f"{file.name}, which belongs to it, is missing")
-            embeddings.append(embedding["embedding"])
-        return jax.tree.unflatten(structure, [jnp.asarray(a) for a in found]), embeddings
-
-    def add(self, statistics: dict[str, Any], embeddings: Sequence[np.ndarray]) -> None:
-        """Saves the state after the image of the last embedding."""
-        last = len(embeddings) - 1
-        # The embedding first: statistics that count an image always find its embedding.
-        saved_state.save(self._embedding(last), self.identity, {"embedding": embeddings[last]})
-        leaves = {f"leaf/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(statistics))}
-        saved_state.save(self.folder / "statistics.npz", self.identity, leaves | {"images": np.array(len(embeddings))})
-
-    def _embedding(self, index: int) -> Path:
-        return self.folder / f"embedding_{index:04d}.npz"
+        jax.eval_shape(lambda params, inputs: run(params, *inputs), params, inputs)
+    sites = []
+    for path in sorted(shapes):
+        if (choice := recipe.at(prefix + path)) is not None:
+            sites.append(SiteRule(path, choice.kind, choice.a_bits))
+    return tuple(sites), {rule.path: init_statistics(rule, shapes[rule.path], recipe.config) for rule in sites}
 
 
 def _put(tree: Any, device: jax.Device | None) -> Any:
@@ -159,50 +99,48 @@ def stage_devices(stages: int) -> list[jax.Device | None]:
 
 
 def observe_encoder(
-    sam: Sam,
+    sam: Any,
     params: Params,
     images: Iterable[np.ndarray],
-    config: QuantConfig,
-    embed: Callable[[jax.Array], jax.Array],
+    recipe: Recipe,
     saved: SavedStatistics | None = None,
     cache: StatisticsCache | None = None,
-) -> tuple[dict[str, Quantizer], list[np.ndarray]]:
+) -> tuple[dict[str, Quantizer], list[Any]]:
     """Quantizers of the image encoder, and the floating-point embedding of each image.
 
     A device waits for no other but for its next image, so that all are at work once as many images as there are devices
     are on their way; every stage still sees the images one by one and in order, as on a single device.
 
     Args:
+        sam: the module.
+        params: its floating-point parameters.
         images: canvases (S, S, 3), normalised and padded.
-        embed: patch embedding, (1, S, S, 3) -> (1, g, g, D).
+        recipe: what each site gets.
         saved: where the state is kept after each image; images that it has are not run again.
         cache: a pass that it has is taken over, one that it has not is added.
     """
-    cache = StatisticsCache() if cache is None else cache
-    encoder = params["image_encoder"]
-    stages = [(key, _ApplyStage(module)) for key, module in encoder_stages(sam.config)]
-    tokens = jax.ShapeDtypeStruct((1, sam.config.grid, sam.config.grid, sam.config.embed_dim), jnp.float32)
-    sites: dict[str, Sites] = {}
-    statistics: dict[str, dict[str, Any]] = {}
-    for stage, run in stages:
-        sites[stage], statistics[stage] = discover(run, encoder[stage], tokens, f"image_encoder/{stage}/", config)
+    architecture = architecture_of(sam)
+    graph, flat = architecture.stages(sam), flatten(params)
+    own = {stage.key: unflatten(below(stage.prefix, flat)) for stage in graph.stages}
+    sites, statistics = _discover_stages(sam, params, own, recipe)
+    embeddings: list[Any] = []
     # What observes a stage: the part of its rules and settings that its statistics depend on.
-    observers = {stage: relevant(of_stage, config) for stage, of_stage in sites.items()}
-    embeddings: list[np.ndarray] = []
-    whole = ("encoder", *observers.items())
-    if (known := cache.passes.get(whole)) is not None:
+    observers = {stage: relevant(of_stage, recipe.config) for stage, of_stage in sites.items()}
+    # The parameters are part of the key: a transform may have rewritten those that the cache was entered with.
+    whole = () if cache is None else ("encoder", saved_state.fingerprint(own), *observers.items())
+    if cache is not None and (known := cache.passes.get(whole)) is not None:
         statistics, embeddings = known.statistics, list(known.embeddings)
     elif saved is not None:
         statistics, embeddings = saved.load(statistics)
-    places = dict(zip(statistics, stage_devices(len(stages)), strict=True))
-    encoder = {stage: _put(encoder[stage], device) for stage, device in places.items()}
+    places = dict(zip(statistics, stage_devices(len(graph.stages)), strict=True))
+    own = {stage: _put(of_stage, places[stage]) for stage, of_stage in own.items()}
     statistics = {stage: _put(state, places[stage]) for stage, state in statistics.items()}
     # Embeddings that may still be in the making, and the statistics that count their images.
-    under_way: deque[tuple[jax.Array, dict[str, Any]]] = deque()
+    under_way: deque[tuple[Any, dict[str, Any]]] = deque()
 
     def settle() -> None:
-        x, counted = under_way.popleft()
-        embeddings.append(np.asarray(x))
+        embedding, counted = under_way.popleft()
+        embeddings.append(jax.tree.map(np.asarray, embedding))
         if saved is not None:
             saved.add(counted, embeddings)
 
@@ -210,18 +148,18 @@ def observe_encoder(
     for index, image in enumerate(images):
         if index < done:
             continue
-        x = embed(jnp.asarray(image[None]))
-        key = jax.random.fold_in(jax.random.key(config.seed), index)
-        for stage, run in stages:
-            x, statistics[stage] = observe(
-                run,
-                encoder[stage],
-                statistics[stage],
-                _put(x, places[stage]),
-                _put(key, places[stage]),
-                sites=observers[stage][0],
-                config=observers[stage][1],
+        key = jax.random.fold_in(jax.random.key(recipe.config.seed), index)
+
+        def apply(stage: Stage, inputs: tuple[Any, ...], key: jax.Array = key) -> Any:
+            run, place = Operation(stage.module), places[stage.key]
+            inputs, key = _put(inputs, place), _put(key, place)
+            rules, settings = observers[stage.key]
+            output, statistics[stage.key] = observe(
+                run, own[stage.key], statistics[stage.key], inputs, key, sites=rules, config=settings
             )
+            return output
+
+        x = graph.run(architecture.embed(sam, params, jnp.asarray(image[None])), apply)
         under_way.append((x, dict(statistics)))
         if len(under_way) >= len(set(places.values())):
             settle()
@@ -229,97 +167,63 @@ def observe_encoder(
         settle()
     if None not in places.values():
         statistics = jax.tree.map(jnp.asarray, jax.device_get(statistics))
-    cache.passes[whole] = Observed(statistics, embeddings)
+    if cache is not None:
+        cache.passes[whole] = Observed(statistics, embeddings)
     states: dict[str, Any] = {}
     rules: list[SiteRule] = []
-    for stage, of_stage in sites.items():
-        for rule in of_stage:
-            rules.append(rule._replace(path=f"image_encoder/{stage}/{rule.path}"))
-            states[rules[-1].path] = statistics[stage][rule.path]
-    quantizers = finalize(states, rules, config)
-    return quantizers, embeddings
+    for stage in graph.stages:
+        for rule in sites[stage.key]:
+            rules.append(rule._replace(path=stage.prefix + rule.path))
+            states[rules[-1].path] = statistics[stage.key][rule.path]
+    return finalize(states, rules, recipe.config), embeddings
 
 
-def _decode_run(sam: Sam) -> _ApplyStage:
-    return _ApplyStage(sam, "decode")
+def _discover_stages(
+    sam: Any, params: Params, own: Mapping[str, Params], recipe: Recipe
+) -> tuple[dict[str, Sites], dict[str, dict[str, Any]]]:
+    """The quantized sites of every stage of the encoder and their empty statistics."""
+    architecture, size = architecture_of(sam), sam.config.img_size
+    sites: dict[str, Sites] = {}
+    statistics: dict[str, dict[str, Any]] = {}
 
+    def apply(stage: Stage, inputs: tuple[Any, ...]) -> Any:
+        run = Operation(stage.module)
+        sites[stage.key], statistics[stage.key] = discover(run, own[stage.key], inputs, stage.prefix, recipe)
+        return jax.eval_shape(run, own[stage.key], *inputs)
 
-def _decoder_inputs(embedding: np.ndarray, boxes: np.ndarray) -> tuple:
-    return (jnp.asarray(embedding), None, jnp.asarray(boxes))
-
-
-def unify_keys(
-    sam: Sam, params: Params, embeddings: Sequence[np.ndarray], prompts: Sequence[np.ndarray]
-) -> tuple[Params, list[str]]:
-    """BIG: flips the signs of bimodal keys and of their queries (paper section on BIG).
-
-    Judged on the first calibration image with all its prompts (the official code: with its first); the signs of channel
-    means come from all images.
-
-    Returns:
-        Equivalent parameters, and the attentions that were flipped.
-    """
-
-    @jax.jit
-    @in_float32
-    def keys_of(params: Params, inputs: tuple) -> dict[str, jax.Array]:
-        captured: dict[str, jax.Array] = {}
-
-        def capture(path: str, value: Any) -> Any:
-            if path.endswith("/k") and re.fullmatch(BIMODAL_ATTENTION, path.removesuffix("/k")):
-                # (N, heads, T, d) -> (N, T, heads*d): the channels of k_proj
-                captured[path.removesuffix("/k")] = value.transpose(0, 2, 1, 3).reshape(len(value), value.shape[2], -1)
-            return value
-
-        with intercept_sites(capture):
-            _decode_run(sam)(params, inputs)
-        return captured
-
-    decoder = {k: params[k] for k in ("prompt_encoder", "mask_decoder")}
-    first: dict[str, jax.Array] = {}
-    means: dict[str, np.ndarray] = {}
-    for embedding, boxes in zip(embeddings, prompts, strict=True):
-        found = keys_of(decoder, _decoder_inputs(embedding, boxes))
-        first = first or found
-        for path, k in found.items():
-            means[path] = means.get(path, 0.0) + np.asarray(k.mean((0, 1)))
-    flat, flipped = flatten(params), []
-    for path, k in first.items():
-        if not bimodal.is_bimodal(np.asarray(k)):
-            continue
-        q_path, k_path = f"{path}/q_proj/", f"{path}/k_proj/"
-        q_new, k_new = bimodal.flip_signs(below(q_path, flat), below(k_path, flat), means[path])
-        flat |= {q_path + n: v for n, v in q_new.items()} | {k_path + n: v for n, v in k_new.items()}
-        flipped.append(path)
-    return unflatten(flat), flipped
+    canvas = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    embedded = jax.eval_shape(lambda params, canvas: architecture.embed(sam, params, canvas), params, canvas)
+    architecture.stages(sam).run(embedded, apply)
+    return sites, statistics
 
 
 def observe_decoder(
-    sam: Sam,
+    sam: Any,
     params: Params,
-    embeddings: Sequence[np.ndarray],
+    embeddings: Sequence[Any],
     prompts: Iterable[np.ndarray],
-    config: QuantConfig,
+    recipe: Recipe,
     cache: StatisticsCache | None = None,
 ) -> dict[str, Quantizer]:
     """Quantizers of the mask decoder, prompted with (P, 4) canvas boxes per image; `cache` as in `observe_encoder`."""
-    cache = StatisticsCache() if cache is None else cache
-    decoder = {k: params[k] for k in ("prompt_encoder", "mask_decoder")}
-    run = _decode_run(sam)
+    decoder = architecture_of(sam).decoder(params)
+    run = Operation(sam, "decode")
     sites: Sites = ()
     statistics: dict[str, Any] = {}
-    observer: tuple[Sites, QuantConfig] = ((), config)
-    whole = None
+    observer: tuple[Sites, QuantConfig] = ((), recipe.config)
+    whole: Any = ()
     for index, (embedding, boxes) in enumerate(zip(embeddings, prompts, strict=True)):
-        inputs = _decoder_inputs(embedding, boxes)
-        if not sites:
-            sites, statistics = discover(run, decoder, inputs, "", config)
-            observer = relevant(sites, config)
-            # BIG changes the parameters, and the encoder's pass the last bits of the embeddings.
-            whole = ("decoder", saved_state.fingerprint(decoder, embeddings), observer)
-            if (known := cache.passes.get(whole)) is not None:
-                return finalize(known.statistics, sites, config)
-        key = jax.random.fold_in(jax.random.key(config.seed + 1), index)
+        inputs = (jax.tree.map(jnp.asarray, embedding), None, jnp.asarray(boxes))
+        if not index:
+            sites, statistics = discover(run, decoder, inputs, "", recipe)
+            observer = relevant(sites, recipe.config)
+            if cache is not None:
+                # Transforms change the parameters, and the encoder's pass the last bits of the embeddings.
+                whole = ("decoder", saved_state.fingerprint(decoder, embeddings), observer)
+                if (known := cache.passes.get(whole)) is not None:
+                    return finalize(known.statistics, sites, recipe.config)
+        key = jax.random.fold_in(jax.random.key(recipe.config.seed + 1), index)
         _, statistics = observe(run, decoder, statistics, inputs, key, sites=observer[0], config=observer[1])
-    cache.passes[whole] = Observed(statistics, [])
-    return finalize(statistics, sites, config)
+    if cache is not None:
+        cache.passes[whole] = Observed(statistics, [])
+    return finalize(statistics, sites, recipe.config)

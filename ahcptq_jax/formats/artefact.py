@@ -41,11 +41,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ahcptq_jax.architectures import architecture_of
 from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Quantizer, Uniform, packing
 from ahcptq_jax.quantizers.kinds import Kind, kind_named, kind_names, kind_of
-from ahcptq_jax.recipe import RULES
+from ahcptq_jax.recipe import recipe_of
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from sam_flax.config import SamConfig
 from sam_flax.errors import InputError
@@ -333,7 +334,7 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
     if max(config.depth, config.decoder_depth, config.num_multimask_outputs, config.iou_head_depth) > len(tensors):
         raise _Refused(f"has a configuration of more layers than its {len(tensors)} tensors; {_REMEDY}")
     shapes = parameter_shapes(config)
-    sites = quantizable_sites(config, shapes)
+    sites = architecture_of(Sam(config)).sites(Sam(config))
     rest = dict(tensors)
 
     def take(name: str, shape: tuple[int, ...] | None, *dtypes: type) -> np.ndarray:
@@ -442,15 +443,8 @@ def _quant_config(values: Any) -> QuantConfig:
 
 
 def quantizable_sites(config: SamConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int | None]:
-    """The sites that `recipe.RULES` can name: path -> size of the last axis there, None for attention maps."""
-    sites: dict[str, int | None] = {}
-    for path, shape in shapes.items():
-        layer, _, leaf = path.rpartition("/")
-        if leaf != "kernel":
-            continue
-        sites[f"{layer}/input"] = shape[-2]
-        parent, _, name = layer.rpartition("/")
-        if name in ("qkv", "q_proj"):
-            width = config.head_dim if name == "qkv" else shape[-1] // config.decoder_num_heads
-            sites |= {f"{parent}/{site}": width for site in "qkv"} | {f"{parent}/softmax": None}
-    return {site: size for site, size in sites.items() if any(re.fullmatch(rule, site) for rule, _ in RULES)}
+    """The sites that the official recipe quantizes: path -> size of the last axis there, None for attention maps."""
+    del shapes
+    architecture = architecture_of(Sam(config))
+    recipe = recipe_of(architecture, QuantConfig())
+    return {site: size for site, size in architecture.sites(Sam(config)).items() if recipe.at(site)}

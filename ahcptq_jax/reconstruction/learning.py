@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ahcptq_jax.architectures.base import GRANULARITIES, PARTS, Operation
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
 from ahcptq_jax.quantizers import Quantizer, Uniform, fake_quant_lsq
 from ahcptq_jax.quantizers.base import MIN_SCALE, straight_through
 from ahcptq_jax.quantizers.kinds import kind_of
+from ahcptq_jax.quantizers.weights import QuantizedWeight
 from ahcptq_jax.reconstruction import adaround
-from ahcptq_jax.reconstruction.units import GRANULARITIES, PARTS, Operation
-from ahcptq_jax.runtime.quantized import QuantizedWeight
+from ahcptq_jax.reconstruction.objectives import Loss
 from ahcptq_jax.settings import at_least, between, check_settings, finite_from, setting
 from sam_flax.errors import InputError
 from sam_flax.layers import in_float32
@@ -76,6 +77,7 @@ class ReconstructionConfig:
     granularity: str = setting(
         "part", "What is learned together in the encoder: parts of blocks, or blocks whole.", choices=GRANULARITIES
     )
+    objective: str = setting("local", "What a unit's learning minimises; see `reconstruction.objectives`.")
     loss_power: float = setting(2.0, "Power of the errors of a unit's output; the paper's is 2.", check=finite_from(1))
     rounding_weight: float = setting(0.01, "Weight of the regularizer, once warm.", check=finite_from(0))
     warmup: float = setting(0.2, "Share of the iterations without regularizer.", check=between(0, 1))
@@ -291,7 +293,7 @@ def _merge_rows(a: jax.Array, rows: jax.Array) -> jax.Array:
     return a[rows].reshape(-1, *a.shape[2:])
 
 
-@partial(jax.jit, static_argnames=("operation", "loss_axis", "config", "grid_bits"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("operation", "loss", "config", "grid_bits"), donate_argnames="state")
 @in_float32
 def advance(
     problem: Problem,
@@ -301,19 +303,24 @@ def advance(
     first: jax.Array,
     last: jax.Array,
     key: jax.Array,
+    shared: Any = (),
     *,
     operation: Operation,
-    loss_axis: int,
+    loss: Loss,
     config: ReconstructionConfig,
     grid_bits: int = 0,
 ) -> tuple[State, jax.Array]:
     """Iterations `first` to `last - 1` of a unit's reconstruction.
 
     Args:
-        store: (quantized inputs, original inputs, target) with rows (M, b, ...); see `blocks.Feeder`.
+        store: (quantized inputs, original inputs, target, the loss's context), rows (M, b, ...); see `units.Feeder`.
         places: (chunk, batch) int32, the rows of each iteration, counted from `first`.
         first, last: traced, at most `chunk` apart: stages of any length are one program.
         key: of the unit; iterations derive theirs from it.
+        shared: what the loss looks at besides its rows, see `objectives.Objective`.
+        operation: the unit.
+        loss: of its output.
+        config: how to learn.
         grid_bits: not 0 puts the quantizers on a grid of so many bits in every forward; what is learned stays off it.
 
     Returns:
@@ -321,10 +328,10 @@ def advance(
     """
     rounding_optimizer, scale_optimizer = _optimizers(config)
 
-    def loss(
+    def total(
         rounding: dict, scales: dict, quantizers: dict, step: jax.Array, rows: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        inputs, original, target = jax.tree.map(lambda a: _merge_rows(a, rows), store)
+        inputs, original, target, context = jax.tree.map(lambda a: _merge_rows(a, rows), store)
         seeds = jax.random.bits(jax.random.fold_in(key, step), (len(inputs) + len(quantizers), 2), jnp.uint32)
         mixed = zip(seeds[: len(inputs)], inputs, original, strict=True)
         args = [_mix(seed, q, o, config.input_drop) for seed, q, o in mixed]
@@ -337,11 +344,7 @@ def advance(
         handler = _dropping(current, seeds[len(inputs) :], config.activation_drop)
         with intercept_sites(handler):
             output = operation(params, *args)
-        difference = jnp.square(output - target)
-        if config.loss_power != 2:
-            # The power of a square: its gradient at 0 is a number, once it is kept off 0.
-            difference = jnp.power(difference + 1e-12, config.loss_power / 2)
-        error = jnp.mean(jnp.sum(difference, axis=loss_axis))
+        error = loss(output, target, context, shared)
         done = step + 1
         beta = adaround.temperature(done, config.iterations, config.warmup, config.beta_start, config.beta_end)
         warm = done >= config.warmup * config.iterations
@@ -352,7 +355,7 @@ def advance(
     def iterate(step: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         state, losses = carry
         scales = _scales_of(state.quantizers) if config.learn_scales else {}
-        gradients, parts = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+        gradients, parts = jax.grad(total, argnums=(0, 1), has_aux=True)(
             state.rounding, scales, state.quantizers, step, places[step - first]
         )
         updates, rounding_moments = rounding_optimizer.update(gradients[0], state.rounding_moments)

@@ -1,120 +1,46 @@
-"""The units that reconstruction works on, one after the other, and what flows into and out of them.
+"""What flows into and out of the units that reconstruction works on, one after the other.
 
-A unit is an attention part or an MLP part of an encoder block (norm and residual included) or, by choice, the block
-whole; the neck; or an attention or the MLP of a decoder layer. It is run as a function of its own parameters, so units
-of one shape are the same function and share a compilation.
+What the units of a model are, its architecture says. A unit is run as a function of its own parameters, so units of one
+shape are the same function and share a compilation.
 """
 
 import dataclasses
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
+from ahcptq_jax.architectures import architecture_of
+from ahcptq_jax.architectures.base import GRANULARITIES as GRANULARITIES
+from ahcptq_jax.architectures.base import PARTS as PARTS
+from ahcptq_jax.architectures.base import Operation as Operation
+from ahcptq_jax.architectures.base import Unit as Unit
+from ahcptq_jax.architectures.sites import intercept_sites
 from ahcptq_jax.quantizers import Quantizer
-from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight, with_decoded
-from sam_flax.heads.mask_decoder import Attention
-from sam_flax.layers import MLPBlock, Site, in_float32
-from sam_flax.sam import Params, Sam, call, encoder_stages
+from ahcptq_jax.quantizers.weights import QuantizedWeight
+from ahcptq_jax.runtime.quantized import with_decoded
+from sam_flax.layers import Site, in_float32
+from sam_flax.sam import Params, call
 
-V = TypeVar("V")
 Args = tuple[np.ndarray, ...]
 
-# What can be reconstructed, in forward order.
-PARTS = ("encoder_attention", "encoder_mlp", "encoder_block", "neck", "decoder_attention", "decoder_mlp")
-# Whether attention and MLP of an encoder block are units of their own, as in the paper, or one.
-GRANULARITIES = ("part", "block")
 
-_TRANSFORMER = "mask_decoder/transformer"
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """A module's method as a function of parameters and inputs. Hashable: a static argument of `jax.jit`."""
-
-    module: nn.Module
-    method: str | None = None
-
-    def __call__(self, params: Params, *args: Any) -> Any:
-        return call(self.module, params, *args, method=self.method)
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """One step of the reconstruction.
-
-    Attributes:
-        name: unique, e.g. "image_encoder/blocks_0/mlp".
-        prefix: what its parameters' and sites' paths start with, "image_encoder/blocks_0/".
-        members: the children of the prefix that belong to it; none means all.
-        operation: what it computes.
-        part: one of `PARTS`.
-        loss_axis: axis over which squared errors are summed before they are averaged: rows of the grid, tokens, and
-            channels in the neck, as in the official code (`lp_loss`), where they come second. Its windowed attention,
-            though, is a unit inside the windows: it sums over a window's rows, so that its error weighs less against
-            the regularizer, by window / grid, than ours.
-    """
-
-    name: str
-    prefix: str
-    members: tuple[str, ...]
-    operation: Operation
-    part: str
-    loss_axis: int = 1
-
-    def own(self, entries: Mapping[str, V]) -> dict[str, V]:
-        """The entries that belong to this unit, by paths relative to it."""
-        inside = below(self.prefix, entries)
-        return {path: v for path, v in inside.items() if not self.members or path.split("/")[0] in self.members}
-
-
-def encoder_units(sam: Sam, granularity: str = "part") -> list[Unit]:
+def encoder_units(sam: Any, granularity: str = "part") -> list[Unit]:
     """The image encoder's units in forward order; `granularity` is one of `GRANULARITIES`."""
-    units = []
-    for key, module in encoder_stages(sam.config):
-        prefix = f"image_encoder/{key}/"
-        if key == "neck":
-            units.append(Unit(prefix.rstrip("/"), prefix, (), Operation(module), "neck", loss_axis=-1))
-            continue
-        if granularity == "block":
-            units.append(Unit(prefix.rstrip("/"), prefix, (), Operation(module), "encoder_block"))
-            continue
-        attention = Operation(module, "attention_part")
-        # The MLP does not know of windows: the MLPs of all blocks are one function.
-        mlp = Operation(module.clone(window=0), "mlp_part")
-        units.append(Unit(prefix + "attn", prefix, ("norm1", "attn"), attention, "encoder_attention"))
-        units.append(Unit(prefix + "mlp", prefix, ("norm2", "mlp"), mlp, "encoder_mlp"))
-    return units
+    return architecture_of(sam).encoder_units(sam, granularity)
 
 
-def decoder_units(sam: Sam) -> list[Unit]:
+def decoder_units(sam: Any) -> list[Unit]:
     """The mask decoder's units in forward order."""
-    config = sam.config
-    dim, heads = config.out_chans, config.decoder_num_heads
-    own = Operation(Attention(dim, heads, parent=None))
-    cross = Operation(Attention(dim, heads, downsample_rate=2, parent=None))
-    mlp = Operation(MLPBlock(dim, config.decoder_mlp_dim, nn.relu, parent=None))
-    units = []
-    for i in range(config.decoder_depth):
-        for child, operation, part in (
-            ("self_attn", own, "decoder_attention"),
-            ("cross_attn_token_to_image", cross, "decoder_attention"),
-            ("mlp", mlp, "decoder_mlp"),
-            ("cross_attn_image_to_token", cross, "decoder_attention"),
-        ):
-            name = f"{_TRANSFORMER}/layers_{i}/{child}"
-            units.append(Unit(name, name + "/", (), operation, part))
-    name = f"{_TRANSFORMER}/final_attn_token_to_image"
-    return [*units, Unit(name, name + "/", (), cross, "decoder_attention")]
+    return architecture_of(sam).decoder_units(sam)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -141,11 +67,11 @@ Captured = dict[str, tuple[tuple[jax.Array, ...], jax.Array]]
 @partial(jax.jit, static_argnames=("sam", "names"))
 @in_float32
 def capture_decoder(
-    sam: Sam,
+    sam: Any,
     params: Params,
     weights: dict[str, QuantizedWeight],
     activations: dict[str, Quantizer],
-    embedding: jax.Array,
+    embedding: Any,
     boxes: jax.Array,
     *,
     names: tuple[str, ...],
@@ -154,7 +80,7 @@ def capture_decoder(
 
     Args:
         params: of the prompt encoder and the mask decoder, less the kernels in `weights`.
-        embedding: (1, g, g, C).
+        embedding: of one image, (1, g, g, C) where there is but one output.
         boxes: (P, 4) in canvas pixels.
 
     Returns:
@@ -222,18 +148,20 @@ class Dataset:
         quantized: its inputs in the quantized model, each (N, b, ...); b counts the prompts in the decoder, else 1.
         original: the same in the floating-point model.
         target: its output there, (N, b, ...).
+        context: what the objective looks at besides, each (N, b, ...).
     """
 
     quantized: Args
     original: Args
     target: np.ndarray
+    context: Args = ()
 
     def __len__(self) -> int:
         return len(self.target)
 
     @property
-    def arrays(self) -> tuple[Args, Args, np.ndarray]:
-        return self.quantized, self.original, self.target
+    def arrays(self) -> tuple[Args, Args, np.ndarray, Args]:
+        return self.quantized, self.original, self.target, self.context
 
     @property
     def on_disk(self) -> bool:
@@ -268,33 +196,6 @@ class Feeder:
         return jax.tree.map(lambda a: jnp.asarray(a[wanted]), self._data.arrays), places.reshape(rows.shape)
 
 
-def align_signs(params: Params, quantized: Quantized) -> Params:
-    """Floating-point parameters with the signs that BIG flipped in `quantized`.
-
-    Everything but the kernels is taken from the quantized model, which holds it unquantized; the sign of a kernel's
-    output channel is the one that fits its quantized values.
-
-    Raises:
-        ValueError: if the parameters are not those that were quantized.
-    """
-    flat, rest = flatten(params), flatten(quantized.params)
-    kernels = {f"{layer}/kernel": weight for layer, weight in quantized.weights.items()}
-    if flat.keys() != rest.keys() | kernels.keys():
-        odd = sorted(flat.keys() ^ (rest.keys() | kernels.keys()))
-        raise ValueError(f"The parameters are not those that were quantized: {odd[0]} is in one of them only.")
-    for path, weight in kernels.items():
-        kernel = np.asarray(flat[path], np.float32)
-        decoded = np.asarray(weight.decode())
-        if kernel.shape != decoded.shape:
-            raise ValueError(f"The parameters are not those that were quantized: {path} has another shape.")
-        axes = tuple(range(kernel.ndim - 1))
-        kernel = kernel * np.where((kernel * decoded).sum(axes) < 0, np.float32(-1), np.float32(1))
-        if np.square(decoded - kernel).sum() > 0.7 * np.square(kernel).sum() > 0:
-            raise ValueError(f"The parameters are not those that were quantized: {path} has other values.")
-        rest[path] = kernel
-    return unflatten({path: jnp.asarray(rest[path]) for path in flat})
-
-
 def reconstruction_error(unit: Unit, output: np.ndarray, target: np.ndarray) -> float:
-    """``mean(sum_over_loss_axis((output - target)^2))``, official `lp_loss`."""
+    """`mean(sum_over_loss_axis((output - target)^2))`, official `lp_loss`, whatever the objective is."""
     return float(np.square(output - target).sum(unit.loss_axis).mean())

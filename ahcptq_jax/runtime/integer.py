@@ -37,9 +37,10 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from ahcptq_jax.architectures.base import ATTENTION_SITES
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.recipe import weight_path
-from ahcptq_jax.runtime.products import ATTENTION_SITES, octave_ranges, supports_attention, supports_layer
+from ahcptq_jax.runtime.products import octave_ranges, supports_attention, supports_layer
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax.config import SamConfig
 

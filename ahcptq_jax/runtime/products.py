@@ -32,26 +32,24 @@ Sources: paper, sections on HLUQ and CAG; PTQ4SAM, section on AGQ.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ahcptq_jax.architectures.base import ATTENTION_SITES
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform
 from ahcptq_jax.quantizers.base import negative_power_of_two, positive_power_of_two
 from ahcptq_jax.quantizers.kinds import kind_of
+from ahcptq_jax.quantizers.weights import QuantizedWeight
 from sam_flax.layers import shifted_copies
-
-if TYPE_CHECKING:
-    from ahcptq_jax.runtime.quantized import QuantizedWeight
 
 Carrier = Literal["float32", "int32"]
 EXACT_BITS = {"float32": 24, "int32": 31}  # of the magnitude of a sum
 MAX_PLANES = 4  # products in place of one, for powers of two
 MAX_GROUPS = 16  # of channels that have an accumulator of their own
-ATTENTION_SITES = ("q", "k", "v", "softmax")
 
 
 class Operand(NamedTuple):

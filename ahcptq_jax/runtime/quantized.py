@@ -4,58 +4,26 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ahcptq_jax.architectures import architecture_of
+from ahcptq_jax.architectures.base import Operation
 from ahcptq_jax.architectures.sites import below, flatten, unflatten
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.quantizers import Quantizer, Uniform, packing
+from ahcptq_jax.quantizers import Quantizer
+from ahcptq_jax.quantizers.weights import QuantizedWeight
 from ahcptq_jax.runtime.products import Carrier
 from ahcptq_jax.runtime.quantized_layers import Note, intercept_quantized
-from sam_flax.config import SamConfig
-from sam_flax.encoders.vit import Block, Neck, PatchEmbed
 from sam_flax.layers import in_float32
-from sam_flax.sam import Params, Points, Sam, apply_embed, call, check_canvas, encoder_stages
+from sam_flax.sam import Params, Points
+from sam_flax.stages import Stage
 
 if TYPE_CHECKING:
     from ahcptq_jax.formats.summary import Summary
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["packed", "scale", "zero_point"],
-    meta_fields=["shape", "bits"],
-)
-@dataclasses.dataclass(frozen=True)
-class QuantizedWeight:
-    """A weight as packed codes.
-
-    The following conditions hold:
-      * `packed` is uint8, the codes in C order (see `packing.pack`);
-      * `scale` and `zero_point` are (out,), `out` being the last axis of `shape`.
-    """
-
-    packed: jax.Array
-    scale: jax.Array
-    zero_point: jax.Array
-    shape: tuple[int, ...]
-    bits: int
-
-    @classmethod
-    def from_codes(cls, codes: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> "QuantizedWeight":
-        """Packs integer codes of the weight's shape."""
-        return cls(packing.pack(codes, bits), scale, zero_point, tuple(codes.shape), bits)
-
-    def codes(self) -> jax.Array:
-        """uint8 codes of `shape`."""
-        return packing.unpack(self.packed, self.bits, self.shape)
-
-    def decode(self) -> jax.Array:
-        """float32 weight of `shape`."""
-        return Uniform(self.scale, self.zero_point, self.bits).decode(self.codes())
 
 
 def with_decoded(params: Params, weights: Mapping[str, QuantizedWeight]) -> Params:
@@ -81,37 +49,21 @@ def _recorder(codes: Codes) -> Note:
     return note
 
 
-@partial(jax.jit, static_argnames=("module", "carrier", "record"))
+@partial(jax.jit, static_argnames=("operation", "carrier", "record"))
 @in_float32
-def _apply_stage(
-    module: Block | Neck,
+def _apply(
+    operation: Operation,
     params: Params,
     weights: dict[str, QuantizedWeight],
     activations: dict[str, Quantizer],
-    x: jax.Array,
+    inputs: tuple[Any, ...],
     carrier: Carrier,
     record: bool,
-) -> tuple[jax.Array, Codes]:
+) -> tuple[Any, Codes]:
+    """A part of the model on codes: its output, and the codes at its quantized sites if `record`."""
     codes: Codes = {}
     with intercept_quantized(weights, activations, carrier, _recorder(codes) if record else None):
-        return call(module, _with_placeholders(params, weights), x), codes
-
-
-@partial(jax.jit, static_argnames=("sam", "multimask_output", "carrier", "record"))
-@in_float32
-def _apply_decode(
-    sam: Sam,
-    params: Params,
-    weights: dict[str, QuantizedWeight],
-    activations: dict[str, Quantizer],
-    prompts: tuple[jax.Array, Points | None, jax.Array | None, jax.Array | None],
-    multimask_output: bool,
-    carrier: Carrier,
-    record: bool,
-) -> tuple[tuple[jax.Array, jax.Array], Codes]:
-    codes: Codes = {}
-    with intercept_quantized(weights, activations, carrier, _recorder(codes) if record else None):
-        return call(sam, _with_placeholders(params, weights), *prompts, multimask_output, method="decode"), codes
+        return operation(_with_placeholders(params, weights), *inputs), codes
 
 
 @partial(
@@ -127,7 +79,7 @@ class Quantized:
         params: the parameters left in floating point, nested as in the original tree.
         weights: layer path -> packed weight, e.g. "image_encoder/blocks_0/attn/qkv".
         activations: site path -> quantizer, e.g. "image_encoder/blocks_0/attn/softmax".
-        sam: the module; static.
+        sam: the module, of any registered architecture; static.
         quant_config: what it was quantized with; static.
         carrier: what carries the sums over codes, see `products` and `integer.integer_model`; static, not saved.
     """
@@ -135,44 +87,45 @@ class Quantized:
     params: Params
     weights: dict[str, QuantizedWeight]
     activations: dict[str, Quantizer]
-    sam: Sam
+    sam: Any
     quant_config: QuantConfig
     carrier: Carrier = "float32"
 
     @property
-    def config(self) -> SamConfig:
+    def config(self) -> Any:
         """The model's configuration."""
         return self.sam.config
 
-    def encode_image(self, images: jax.Array) -> jax.Array:
-        """Images (B, S, S, 3), normalised and padded -> embeddings (B, g, g, C).
+    def encode_image(self, images: jax.Array) -> Any:
+        """Images (B, S, S, 3), normalised and padded -> embeddings, (B, g, g, C) where there is but one.
 
-        Weights are unpacked block by block, so only one block is ever held whole.
+        Weights are unpacked stage by stage, so only one stage is ever held whole.
         """
         return self.encode_with_codes(images, record=False)[0]
 
-    def encode_with_codes(self, images: jax.Array, record: bool = True) -> tuple[jax.Array, Codes]:
+    def encode_with_codes(self, images: jax.Array, record: bool = True) -> tuple[Any, Codes]:
         """`encode_image`, and the codes at every quantized site.
 
         Args:
             images: as for `encode_image`.
             record: False returns no codes.
         """
-        check_canvas(images, self.config)
-        encoder = self.params["image_encoder"]
-        embed = PatchEmbed(self.config.patch_size, self.config.embed_dim, parent=None)
-        x = apply_embed(embed, {k: encoder[k] for k in ("patch_embed", "pos_embed")}, images)
+        architecture, flat = architecture_of(self.sam), flatten(self.params)
         found: Codes = {}
-        for key, module in encoder_stages(self.config):
-            prefix = f"image_encoder/{key}/"
-            weights, activations = below(prefix, self.weights), below(prefix, self.activations)
-            x, codes = _apply_stage(module, encoder.get(key, {}), weights, activations, x, self.carrier, record)
-            found |= {prefix + site: value for site, value in codes.items()}
-        return x, found
+
+        def apply(stage: Stage, inputs: tuple[Any, ...]) -> Any:
+            own = unflatten(below(stage.prefix, flat))
+            weights, activations = below(stage.prefix, self.weights), below(stage.prefix, self.activations)
+            x, codes = _apply(Operation(stage.module), own, weights, activations, inputs, self.carrier, record)
+            found.update({stage.prefix + site: value for site, value in codes.items()})
+            return x
+
+        embedded = architecture.embed(self.sam, self.params, images)
+        return architecture.stages(self.sam).run(embedded, apply), found
 
     def decode(
         self,
-        image_embeddings: jax.Array,
+        image_embeddings: Any,
         points: Points | None = None,
         boxes: jax.Array | None = None,
         masks: jax.Array | None = None,
@@ -183,7 +136,7 @@ class Quantized:
 
     def decode_with_codes(
         self,
-        image_embeddings: jax.Array,
+        image_embeddings: Any,
         points: Points | None = None,
         boxes: jax.Array | None = None,
         masks: jax.Array | None = None,
@@ -191,11 +144,14 @@ class Quantized:
         record: bool = True,
     ) -> tuple[tuple[jax.Array, jax.Array], Codes]:
         """`decode`, and the codes at every quantized site; arguments as in `encode_with_codes`."""
-        params = {k: self.params[k] for k in ("prompt_encoder", "mask_decoder")}
-        weights = {k: v for k, v in self.weights.items() if k.startswith("mask_decoder/")}
-        activations = {k: v for k, v in self.activations.items() if k.startswith("mask_decoder/")}
-        prompts = (image_embeddings, points, boxes, masks)
-        return _apply_decode(self.sam, params, weights, activations, prompts, multimask_output, self.carrier, record)
+        architecture = architecture_of(self.sam)
+        parts = tuple(f"{part}/" for part in architecture.decoder_parts)
+        weights = {path: weight for path, weight in self.weights.items() if path.startswith(parts)}
+        activations = {site: quantizer for site, quantizer in self.activations.items() if site.startswith(parts)}
+        inputs = (image_embeddings, points, boxes, masks)
+        operation = Operation(self.sam, "decode", (("multimask_output", multimask_output),))
+        params = architecture.decoder(self.params)
+        return _apply(operation, params, weights, activations, inputs, self.carrier, record)
 
     def with_rounded_remainder(self) -> "Quantized":
         """The model with what stays in floating point rounded to float16's values, which halves its share of a file.

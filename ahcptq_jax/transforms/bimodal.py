@@ -3,14 +3,23 @@
 Runs once per layer before calibration, on the host: a kernel density of one tensor is no work for an accelerator.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.signal
+
+from ahcptq_jax.architectures import Architecture
+from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
+from ahcptq_jax.transforms.base import Context, Transform, register
+from sam_flax.errors import InputError
+from sam_flax.layers import in_float32
+from sam_flax.sam import Params, call
 
 GRID_POINTS = 128
 PEAK_DISTANCE = 32
@@ -108,3 +117,72 @@ def flip_signs(
         return {name: value * signs for name, value in params.items()}
 
     return flip(q_params), flip(k_params)
+
+
+@partial(jax.jit, static_argnames=("sam", "pattern"))
+@in_float32
+def _keys_of(sam: Any, pattern: str, params: Params, embedding: Any, boxes: jax.Array) -> dict[str, jax.Array]:
+    """Keys (N, T, channels of k_proj) of the attentions that the pattern names, by their paths."""
+    captured: dict[str, jax.Array] = {}
+
+    def capture(path: str, value: Any) -> Any:
+        if path.endswith("/k") and re.fullmatch(pattern, path.removesuffix("/k")):
+            # (N, heads, T, d) -> (N, T, heads*d): the channels of k_proj
+            captured[path.removesuffix("/k")] = value.transpose(0, 2, 1, 3).reshape(len(value), value.shape[2], -1)
+        return value
+
+    with intercept_sites(capture):
+        call(sam, params, embedding, None, boxes, method="decode")
+    return captured
+
+
+def unify_keys(
+    architecture: Architecture, sam: Any, params: Params, embeddings: Sequence[Any], boxes: Sequence[np.ndarray]
+) -> tuple[Params, list[str]]:
+    """BIG: flips the signs of bimodal keys and of their queries (paper section on BIG).
+
+    Judged on the first calibration image with all its prompts (the official code: with its first); the signs of channel
+    means come from all images.
+
+    Args:
+        architecture: whose `bimodal` attentions are looked at.
+        sam: the module.
+        params: its floating-point parameters.
+        embeddings: of the calibration images.
+        boxes: for each image (P, 4) prompts in canvas pixels.
+
+    Returns:
+        Equivalent parameters, and the attentions that were flipped.
+    """
+    if architecture.bimodal is None:
+        return params, []
+    decoder = architecture.decoder(params)
+    first: dict[str, jax.Array] = {}
+    means: dict[str, np.ndarray] = {}
+    for embedding, prompts in zip(embeddings, boxes, strict=True):
+        found = _keys_of(sam, architecture.bimodal, decoder, jax.tree.map(jnp.asarray, embedding), jnp.asarray(prompts))
+        first = first or found
+        for path, k in found.items():
+            means[path] = means.get(path, 0.0) + np.asarray(k.mean((0, 1)))
+    flat, flipped = flatten(params), []
+    for path, k in first.items():
+        if not is_bimodal(np.asarray(k)):
+            continue
+        q_path, k_path = f"{path}/q_proj/", f"{path}/k_proj/"
+        q_new, k_new = flip_signs(below(q_path, flat), below(k_path, flat), means[path])
+        flat |= {q_path + n: v for n, v in q_new.items()} | {k_path + n: v for n, v in k_new.items()}
+        flipped.append(path)
+    return unflatten(flat), flipped
+
+
+def _apply(params: Params, context: Context) -> Params:
+    return unify_keys(context.architecture, context.sam, params, context.embeddings, context.boxes)[0]
+
+
+def _make(argument: str) -> Transform:
+    if argument:
+        raise InputError(f"The transform bimodal takes no argument, but was given {argument!r}.")
+    return Transform("bimodal", _apply, needs=("embeddings",))
+
+
+register("bimodal", _make)

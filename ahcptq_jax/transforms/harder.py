@@ -19,8 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from ahcptq_jax.architectures import architecture_of, module_of
+from ahcptq_jax.architectures.base import Rewritable
 from ahcptq_jax.architectures.sites import flatten, unflatten
-from sam_flax.config import SamConfig
+from ahcptq_jax.transforms.base import Context, Transform, register
+from sam_flax.errors import InputError
 from sam_flax.sam import Params
 
 # Of strength 1: deviation of log2(gain); scale of the offsets (Laplace) in units of the norm's typical output; distance
@@ -31,37 +34,40 @@ _KEY = 8.0
 _LARGEST_EXPONENT = 4
 
 
-def make_harder(params: Params, config: SamConfig, strength: float, seed: int = 0) -> Params:
+def make_harder(params: Params, config: Any, strength: float, seed: int = 0) -> Params:
     """Parameters of the same function with uneven channels and bimodal keys.
 
     Args:
-        params: of a SAM.
-        config: of the same SAM.
+        params: of a model.
+        config: of the same model.
         strength: 0 changes nothing; 1 spreads gains over about two octaves each way. At most 4.
         seed: of gains, offsets and signs.
 
     Raises:
-        ValueError: if the strength is out of range.
+        InputError: if the strength is out of range.
     """
-    if not 0 <= strength <= 4:
-        raise ValueError(f"strength={strength} must lie in 0..4.")
-    flat: dict[str, Any] = {path: np.asarray(value, np.float32) for path, value in flatten(params).items()}
+    sam = module_of(config)
+    return rewrite(params, architecture_of(sam).rewritable(sam), strength, seed)
+
+
+def rewrite(params: Params, places: Rewritable, strength: float, seed: int = 0) -> Params:
+    """`make_harder` at the given places of a model."""
+    _check_strength(strength)
     if strength == 0:
         return params
-    for index in range(config.depth):
-        block, window = f"image_encoder/blocks_{index}", config.block_window(index)
-        padded = bool(window) and config.grid % window != 0
-        _spread_norm(flat, f"{block}/norm1", f"{block}/attn/qkv", strength, seed, offsets=not padded)
-        _spread_norm(flat, f"{block}/norm2", f"{block}/mlp/lin1", strength, seed, offsets=True)
-    _spread_norm(flat, "image_encoder/neck/norm1", "image_encoder/neck/conv2", strength, seed, offsets=False)
-    transformer = "mask_decoder/transformer"
-    attentions = [f"{transformer}/final_attn_token_to_image"]
-    for index in range(config.decoder_depth):
-        _spread_hidden(flat, f"{transformer}/layers_{index}/mlp", strength, seed)
-        attentions.append(f"{transformer}/layers_{index}/cross_attn_token_to_image")
-    for attention in attentions:
-        _part_keys(flat, attention, strength, seed)
+    flat: dict[str, Any] = {path: np.asarray(value, np.float32) for path, value in flatten(params).items()}
+    for norm, layer, offsets in places.norms:
+        _spread_norm(flat, norm, layer, strength, seed, offsets=offsets)
+    for first, second in places.hidden:
+        _spread_hidden(flat, first, second, strength, seed)
+    for layer in places.keys:
+        _part_keys(flat, layer, strength, seed)
     return unflatten(flat)
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 <= strength <= 4:
+        raise InputError(f"strength={strength} must lie in 0..4.")
 
 
 def _generator(path: str, seed: int) -> np.random.Generator:
@@ -93,19 +99,34 @@ def _spread_norm(flat: dict[str, Any], norm: str, layer: str, strength: float, s
     _divide_inputs(flat, layer, gains)
 
 
-def _spread_hidden(flat: dict[str, Any], mlp: str, strength: float, seed: int) -> None:
-    """Gains on the channels between two linears with a ReLU."""
-    gains = _gains(_generator(mlp, seed), len(flat[f"{mlp}/lin1/bias"]), strength)
+def _spread_hidden(flat: dict[str, Any], first: str, second: str, strength: float, seed: int) -> None:
+    """Gains on the channels between two linears with a ReLU, drawn by the path of the MLP that they make."""
+    gains = _gains(_generator(first.rpartition("/")[0], seed), len(flat[f"{first}/bias"]), strength)
     for name in ("kernel", "bias"):
-        flat[f"{mlp}/lin1/{name}"] = flat[f"{mlp}/lin1/{name}"] * gains
-    _divide_inputs(flat, f"{mlp}/lin2", gains)
+        flat[f"{first}/{name}"] = flat[f"{first}/{name}"] * gains
+    _divide_inputs(flat, second, gains)
 
 
-def _part_keys(flat: dict[str, Any], attention: str, strength: float, seed: int) -> None:
+def _part_keys(flat: dict[str, Any], layer: str, strength: float, seed: int) -> None:
     """A constant on every key channel, upwards on half of them and downwards on the others."""
-    layer = f"{attention}/k_proj"
     channels = len(flat[f"{layer}/bias"])
     signs = np.where(_generator(layer, seed).permutation(channels) % 2, 1.0, -1.0)
     # Inputs are of norms, or about as large: a key channel deviates by about the length of its column.
     deviation = np.sqrt(np.mean(np.sum(np.square(flat[f"{layer}/kernel"]), axis=0)))
     flat[f"{layer}/bias"] = (flat[f"{layer}/bias"] + strength * _KEY * deviation * signs).astype(np.float32)
+
+
+def _make(argument: str) -> Transform:
+    try:
+        strength = float(argument or 1)
+    except ValueError:
+        raise InputError(f"The transform harder:{argument} needs a number as its strength, as in harder:1.") from None
+    _check_strength(strength)
+
+    def apply(params: Params, context: Context) -> Params:
+        return rewrite(params, context.architecture.rewritable(context.sam), strength)
+
+    return Transform(f"harder:{strength:g}", apply)
+
+
+register("harder", _make)

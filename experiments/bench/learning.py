@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ahcptq_jax.architectures import architecture_named
 from ahcptq_jax.calibration import passes
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform
-from ahcptq_jax.recipe import weight_path
+from ahcptq_jax.recipe import recipe_of, weight_path
 from ahcptq_jax.reconstruction import learning
 from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.objectives import LocalError
 from ahcptq_jax.reconstruction.units import Operation, encoder_units
 from ahcptq_jax.runtime.quantized import QuantizedWeight
 from sam_flax import Sam
@@ -38,20 +40,21 @@ def _quantizer(kind: str, channels: int) -> Quantizer:
     return Uniform.from_range(-4.0, 4.0, bits)
 
 
-Store = tuple[tuple[jax.Array], tuple[jax.Array], jax.Array]
+Store = tuple[tuple[jax.Array], tuple[jax.Array], jax.Array, tuple[jax.Array, ...]]
 
 
 def _store(*shape: int) -> Store:
     """Quantized and original inputs and targets, each (images, 1, ...)."""
     quantized, original, target = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3))
-    return (quantized,), (original,), target
+    return (quantized,), (original,), target, ()
 
 
 def _step(operation: Operation, prefix: str, store: Store, loss_axis: int) -> Callable[[], Any]:
     """One iteration on a random unit, batch 1; call by call it goes on learning."""
     images, x = len(store[2]), store[2]
     params = jax.jit(operation.module.init)(jax.random.key(1), x[0])["params"]
-    sites, statistics = passes.discover(operation, params, x[0], prefix, CONFIG)
+    recipe = recipe_of(architecture_named("sam_vit"), CONFIG)
+    sites, statistics = passes.discover(operation, params, (x[0],), prefix, recipe)
     quantizers, weights = {}, {}
     for path, kind, _ in sites:
         # Grouped sites keep a range for each channel: that is how many they have.
@@ -79,7 +82,7 @@ def _step(operation: Operation, prefix: str, store: Store, loss_axis: int) -> Ca
             jnp.int32(done + 1),
             jax.random.key(0),
             operation=operation,
-            loss_axis=loss_axis,
+            loss=LocalError(loss_axis),
             config=LEARNING,
         )
         done += 1

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 import ahcptq_jax
-from ahcptq_jax.api import quantize_model
+from ahcptq_jax.api import quantize_model, quantize_reconstructed
 from ahcptq_jax.calibration import saved_state
 from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.flags import as_lines
-from ahcptq_jax.reconstruction.run import UnitReport, quantize_reconstructed
+from ahcptq_jax.reconstruction.run import UnitReport
 from ahcptq_jax.runtime.quantized import Quantized
 from experiments import coco, evaluate, report
 from experiments.job import devices, plan

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax.api import prepare
 from ahcptq_jax.architectures.sites import below, intercept_sites
+from ahcptq_jax.calibration.images import prepare
 from ahcptq_jax.quantizers import Grouped, Hybrid, Uniform
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax.encoders.vit import Block, Neck, PatchEmbed

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,22 @@ import numpy as np
 import pytest
 
 from ahcptq_jax import METHODS, W4A4, QuantConfig, quantize
-from ahcptq_jax.architectures.sites import flatten, intercept_sites
+from ahcptq_jax.architectures import sam_vit
+from ahcptq_jax.architectures.base import Operation
+from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
 from ahcptq_jax.calibration import passes, statistics
+from ahcptq_jax.calibration.images import prepare
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform, searches
 from ahcptq_jax.quantizers.kinds import grouped as grouped_kind
 from ahcptq_jax.quantizers.searches import batches, grouping
-from ahcptq_jax.recipe import site_kind
+from ahcptq_jax.recipe import recipe_of, site_kind
 from ahcptq_jax.runtime import quantized as quantized_module
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
-from sam_flax import MINI, VIT_B, VIT_L, SamPredictor, load_sam
+from ahcptq_jax.transforms.bimodal import unify_keys
+from sam_flax import MINI, SamPredictor, load_sam
 from sam_flax import sam as sam_module
+from sam_flax.errors import InputError
+from sam_flax.files.trees import ParamTree
 from sam_flax.sam import Sam, SamModel
 
 # The package's attribute of this name is the function.
@@ -82,19 +89,70 @@ def same(first, second):
 def test_two_arguments_infer_the_model_and_take_w4a4(tiny, monkeypatch):
     _, params = tiny
     seen = {}
-    monkeypatch.setattr(quantize_module, "quantize_model", lambda *args, **kwargs: seen.update(args=args))
-    quantize(params, pictures())
+    monkeypatch.setattr(quantize_module, "calibrate", lambda *args, **_: seen.update(args=args) or mock.Mock())
+    carried = ParamTree(params, tiny[0].config)
+    quantize(carried, pictures())
     sam, given, _, config = seen["args"]
-    assert config == W4A4 and given is params
-    # The heads of this decoder have 8 channels, unlike any published SAM's: only their number is not inferred.
-    assert dataclasses.replace(sam.config, decoder_num_heads=4) == tiny[0].config
+    assert config == W4A4 and given is carried and sam == tiny[0]
 
 
-def test_the_models_that_ship_and_that_are_published_are_inferred():
+def test_the_parameters_of_load_sam_say_whose_they_are():
     sam, params = load_sam("mini")
     assert quantize_module.check_model(None, params) == sam
     assert sam.config == MINI
-    assert VIT_B.out_chans // 32 == VIT_B.decoder_num_heads == VIT_L.decoder_num_heads
+
+
+def test_what_shapes_do_not_hold_is_asked_for_and_never_guessed(tiny):
+    sam, params = tiny
+    with pytest.raises(InputError, match="how many heads the decoder has, nor the pixel statistics.*pass sam="):
+        quantize(dict(params), [GOOD])
+    for change in ({"decoder_num_heads": 2}, {"pixel_mean": (0.0, 0.0, 0.0)}, {"pixel_std": (1.0, 1.0, 1.0)}):
+        config = dataclasses.replace(sam.config, **change)
+        # Carried by the parameters: taken as it is, and no other module is taken with them.
+        assert quantize_module.check_model(None, ParamTree(params, config)).config == config
+        with pytest.raises(InputError, match=f"not of one model: they say different {next(iter(change))}"):
+            quantize(ParamTree(params, config), [GOOD], sam=sam)
+        # Said by the module alone: taken, too.
+        assert quantize_module.check_model(Sam(config), dict(params)).config == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"config": "W4A4"}, "config must be an ahcptq_jax.QuantConfig.*but is a str"),
+        ({"config": None}, "config must be an ahcptq_jax.QuantConfig.*but is a NoneType"),
+        ({"config": {"w_bits": 4}}, "config must be an ahcptq_jax.QuantConfig.*but is a dict"),
+        ({"reconstruction": 200}, "reconstruction must be an ahcptq_jax.ReconstructionConfig.*but is a int"),
+        ({"sam": "mini"}, "sam must be a module.*but is a str"),
+        ({"sam": {"image_encoder": {}}}, "sam must be a module.*but is a dict"),
+        ({"sam": MINI}, "sam must be a module.*but is a SamConfig"),
+    ],
+)
+def test_wrong_arguments_get_a_sentence(tiny, arguments, sentence):
+    sam, params = tiny
+    with pytest.raises(InputError, match=sentence) as error:
+        quantize(params, [GOOD], **{"sam": sam, **arguments})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"window_size": 7}, "window_size"),
+        ({"mlp_ratio": 2.0}, "mlp_ratio"),
+        ({"global_attn_indexes": (0,)}, "global_attn_indexes"),
+        ({"decoder_mlp_dim": 99}, "decoder_mlp_dim"),
+        ({"num_multimask_outputs": 2}, "num_multimask_outputs"),
+        ({"iou_head_depth": 2}, "iou_head_depth"),
+        ({"iou_head_hidden_dim": 99}, "iou_head_hidden_dim"),
+        ({"mask_in_chans": 8}, "mask_in_chans"),
+    ],
+)
+def test_a_module_that_differs_in_anything_that_shapes_hold_is_refused(tiny, changes, name):
+    sam, params = tiny
+    other = Sam(dataclasses.replace(sam.config, **changes))
+    with pytest.raises(InputError, match=f"sam has {name}=.* but params are those of a SAM with {name}="):
+        quantize(params, [GOOD], sam=other)
 
 
 @pytest.mark.slow
@@ -141,7 +199,7 @@ def test_weights_take_few_values_per_channel_and_their_codes_are_what_runs(tiny,
 def test_what_runs_is_the_float_model_on_decoded_weights_with_quantized_sites(w4a4, canvas):
     params = {k: v for k, v in flatten(w4a4.params).items()}
     params |= {f"{path}/kernel": jnp.asarray(decode_by_hand(w)[1]) for path, w in w4a4.weights.items()}
-    params = passes.unflatten(params)
+    params = unflatten(params)
 
     def handle(path, value):
         quantizer = w4a4.activations.get(path)
@@ -165,7 +223,7 @@ def test_what_the_recipe_leaves_out_is_untouched(tiny, w4a4):
     assert set(after) == set(before) - quantized
     assert w4a4.params is not params and set(flatten(params)) == set(before)
     config = dataclasses.replace(W4A4, big=False)
-    flipped = passes.unify_keys(sam, params, *_decoder_inputs(sam, params, config))[1]
+    flipped = unify_keys(sam_vit.SAM_VIT, sam, params, *_decoder_inputs(sam, params, config))[1]
     signed = tuple(f"{path}/{name}_proj/bias" for path in flipped for name in "qk")
     for path, value in after.items():
         if path not in signed:
@@ -185,7 +243,7 @@ def test_what_the_recipe_leaves_out_is_untouched(tiny, w4a4):
 def _decoder_inputs(sam, params, config):
     """Embeddings and canvas boxes of the calibration images, as `quantize` makes them."""
     rng = np.random.default_rng(config.seed)
-    items = [quantize_module.prepare(i, item, sam, config, rng) for i, item in enumerate(pictures())]
+    items = [prepare(i, item, sam, config, rng) for i, item in enumerate(pictures())]
     model = SamModel(sam, params)
     embeddings = [np.asarray(model.encode_image(jnp.asarray(item.canvas[None]))) for item in items]
     return embeddings, [item.boxes for item in items]
@@ -320,7 +378,7 @@ def seen(tiny):
             sam.apply({"params": params}, canvas, None, boxes)
         return values
 
-    items = [quantize_module.prepare(index, item, sam, W4A4, rng) for index, item in enumerate(pictures())]
+    items = [prepare(index, item, sam, W4A4, rng) for index, item in enumerate(pictures())]
     return [run(jnp.asarray(item.canvas[None]), jnp.asarray(item.boxes)) for item in items]
 
 
@@ -368,17 +426,19 @@ def test_log2_activations_are_those_of_the_float_model(w4a4, seen, attention):
     _assert_close(w4a4.activations[f"{attention}/softmax"], wanted)
 
 
-def test_blocks_of_a_kind_share_one_compilation(tiny, w4a4, canvas):
+def test_blocks_of_a_kind_share_one_compilation(tiny, w4a4, canvas, monkeypatch):
     """Four blocks of two kinds and a neck: three compilations, and none for other seeds or weights."""
     sam, params = tiny
     two_images = jnp.zeros((2, sam.config.grid, sam.config.grid, sam.config.embed_dim))  # at once, as in no other test
     others = dataclasses.replace(MINMAX, seed=5, w_bits=5, a_bits=5, groups=2)
     doubled = jax.tree.map(lambda a: jnp.asarray(2 * np.asarray(a)), params)
     before, counts = passes.observe._cache_size(), []
+    monkeypatch.setattr(sam_vit.SamVit, "embed", lambda *_: two_images)
     for weights, images, config in ((params, 1, MINMAX), (doubled, 2, others)):
-        passes.observe_encoder(sam, weights, [canvas[0]] * images, config, lambda canvas: two_images)
+        passes.observe_encoder(sam, weights, [canvas[0]] * images, recipe_of(sam_vit.SAM_VIT, config))
         counts.append(passes.observe._cache_size() - before)
     assert counts == [3, 3]
+    monkeypatch.undo()
     # The decoder, whose program other tests have, is one for all images and seeds.
     quantize(params, pictures(), MINMAX, sam=sam)
     before = passes.observe._cache_size()
@@ -386,13 +446,13 @@ def test_blocks_of_a_kind_share_one_compilation(tiny, w4a4, canvas):
     assert passes.observe._cache_size() == before
 
     two = jnp.concatenate([canvas, canvas + 1])  # as many as in no other test
-    before = quantized_module._apply_stage._cache_size()
+    before = quantized_module._apply._cache_size()
     for largest in (2.0, 3.0):
         # Uniform but for the softmax: quickly compiled.
         made_up = Uniform.from_range(-largest, largest, 4)
         activations = {k: q if isinstance(q, Log2) else made_up for k, q in w4a4.activations.items()}
         dataclasses.replace(w4a4, activations=activations).encode_image(two)
-        assert quantized_module._apply_stage._cache_size() - before == 3
+        assert quantized_module._apply._cache_size() - before == 3
 
     before = sam_module.apply_stage._cache_size()
     SamModel(sam, params).encode_image(two)
@@ -475,12 +535,13 @@ def test_switches_change_the_kinds_of_the_sites_found(tiny, canvas, switches):
     sam, params = tiny
     config = QuantConfig(**switches)
     encoder = params["image_encoder"]
-    for stage, module in passes.encoder_stages(sam.config)[:1]:
-        run = passes._ApplyStage(module)
+    for stage, module in sam_module.encoder_stages(sam.config)[:1]:
+        run = Operation(module)
         grid, width = sam.config.grid, sam.config.embed_dim
         x = jnp.zeros((1, grid, grid, width))
-        sites, statistics = passes.discover(run, encoder[stage], x, f"image_encoder/{stage}/", config)
-        kinds = {rule.path: rule.kind for rule in sites}
+        recipe = recipe_of(sam_vit.SAM_VIT, config)
+        sites, statistics = passes.discover(run, encoder[stage], (x,), f"image_encoder/{stage}/", recipe)
+        kinds = {site.path: site.kind for site in sites}
         assert kinds["mlp/lin2/input"] == ("hybrid" if config.hluq else "uniform")
         assert kinds["attn/qkv/input"] == ("grouped" if config.cag else "uniform")
         assert kinds["attn/softmax"] == ("log2" if config.agq else "uniform")
@@ -499,13 +560,13 @@ def bimodal(tiny):
     bias = flat[f"{path}/k_proj/bias"]
     signs = np.where(np.arange(len(bias)) % 2, -1.0, 1.0)
     flat[f"{path}/k_proj/bias"] = jnp.asarray(signs * 20, jnp.float32)
-    return sam, passes.unflatten(flat), path
+    return sam, unflatten(flat), path
 
 
 def test_big_leaves_the_outputs_and_makes_the_keys_unimodal(bimodal, canvas):
     sam, params, path = bimodal
     embeddings, boxes = _decoder_inputs(sam, params, W4A4)
-    unified, flipped = passes.unify_keys(sam, params, embeddings, boxes)
+    unified, flipped = unify_keys(sam_vit.SAM_VIT, sam, params, embeddings, boxes)
     assert path in flipped
     for found, wanted in zip(
         logits(SamModel(sam, unified), canvas), logits(SamModel(sam, params), canvas), strict=True
@@ -602,13 +663,13 @@ GOOD = np.zeros((40, 50, 3), np.uint8)
 def without(params, path):
     flat = dict(flatten(params))
     flat.pop(path)
-    return passes.unflatten(flat)
+    return unflatten(flat)
 
 
 def with_nan(params):
     flat = dict(flatten(params))
     flat["mask_decoder/iou_token"] = flat["mask_decoder/iou_token"] * np.nan
-    return passes.unflatten(flat)
+    return unflatten(flat)
 
 
 @pytest.mark.parametrize(
@@ -682,10 +743,10 @@ def test_bits_out_of_range_are_refused(bits):
 def test_boxes_are_clipped_to_the_image_and_repeated_to_one_number(tiny):
     sam, _ = tiny
     rng = np.random.default_rng(0)
-    item = quantize_module.prepare(0, (GOOD, [[-5, -5, 20, 20], [30, 30, 99, 99]]), sam, W4A4, rng)
+    item = prepare(0, (GOOD, [[-5, -5, 20, 20], [30, 30, 99, 99]]), sam, W4A4, rng)
     assert item.boxes.shape == (8, 4) and item.canvas.shape == (128, 128, 3)
     scale = 128 / 50
     wanted = np.array([[0, 0, 20, 20], [30, 30, 50, 40]]) * [scale, 102 / 40, scale, 102 / 40]
     np.testing.assert_allclose(np.unique(item.boxes, axis=0), wanted, rtol=1e-5)
-    whole = quantize_module.prepare(0, GOOD, sam, W4A4, rng)
+    whole = prepare(0, GOOD, sam, W4A4, rng)
     np.testing.assert_allclose(whole.boxes, np.repeat([[0, 0, 128, 102]], 8, 0), rtol=1e-5)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from ahcptq_jax import METHODS, QuantConfig
+from ahcptq_jax.architectures.sam_vit import RULES, SAM_VIT
 from ahcptq_jax.architectures.sites import flatten, intercept_sites
-from ahcptq_jax.recipe import BIMODAL_ATTENTION, RULES, site_kind, weight_path
+from ahcptq_jax.recipe import recipe_of, site_kind, weight_path
 from sam_flax.config import CONFIGS, SamConfig
 from sam_flax.sam import Sam
 
@@ -85,14 +86,13 @@ def test_every_site_gets_the_kind_of_the_method_and_nothing_else_is_quantized(mo
 
 def test_every_rule_matches_a_site(model):
     _, sites = model
-    idle = [pattern for pattern, _ in RULES if not any(re.fullmatch(pattern, site) for site in sites)]
-    assert not idle
+    assert not recipe_of(SAM_VIT, QuantConfig()).idle(sites)
 
 
 def test_no_site_is_claimed_by_two_rules(model):
     _, sites = model
     for site in sites:
-        assert sum(re.fullmatch(pattern, site) is not None for pattern, _ in RULES) <= 1, site
+        assert sum(rule.matches(site) for rule in RULES) <= 1, site
 
 
 def test_input_sites_name_the_layer_whose_weight_is_quantized(model):
@@ -117,7 +117,7 @@ def _kernels(config: SamConfig) -> list[str]:
 def test_big_looks_at_the_attentions_from_tokens_to_the_image(model):
     config, sites = model
     keys = {site.removesuffix("/k") for site in sites if site.endswith("/k")}
-    found = {path for path in keys if re.fullmatch(BIMODAL_ATTENTION, path)}
+    found = {path for path in keys if re.fullmatch(SAM_VIT.bimodal, path)}
     transformer = "mask_decoder/transformer"
     layers = {f"{transformer}/layers_{i}/cross_attn_token_to_image" for i in range(config.decoder_depth)}
     assert found == layers | {f"{transformer}/final_attn_token_to_image"}

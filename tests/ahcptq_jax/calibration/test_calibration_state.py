@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ import pytest
 
 from ahcptq_jax.api import quantize_model
 from ahcptq_jax.calibration import passes
+from ahcptq_jax.calibration import weights as weights_module
 from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.calibration.statistics import SiteRule, init_statistics, relevant, update_statistics
 from ahcptq_jax.config import ACT_RANGES, METHODS, QuantConfig
 from ahcptq_jax.quantizers import Grouped
 from ahcptq_jax.quantizers.kinds import kind_names
+from ahcptq_jax.rules import Rule
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax import Sam
 
@@ -136,14 +137,13 @@ def test_settings_share_what_was_observed(setting, whole, monkeypatch):
 def test_settings_share_quantized_weights(setting, whole, monkeypatch):
     sam, params, images = setting
     cache, searched = StatisticsCache(), []
-    quantize_module = importlib.import_module("ahcptq_jax.api")
-    quantize_weight = quantize_module.quantize_weight
+    quantize_weight = weights_module.quantize_weight
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **kwargs: Any) -> Any:
         searched.append(args)
-        return quantize_weight(*args)
+        return quantize_weight(*args, **kwargs)
 
-    monkeypatch.setattr(quantize_module, "quantize_weight", counting)
+    monkeypatch.setattr(weights_module, "quantize_weight", counting)
     assert_same(quantize_model(*setting, CONFIG, progress=False, cache=cache), whole)
     assert len(searched) == len(whole.weights)
     other_images = quantize_model(sam, params, images[:1], CONFIG, progress=False, cache=cache)
@@ -173,6 +173,8 @@ CHANGES: dict[str, Any] = {
     "softmax_rows": 5,
     "prompts_per_image": 3,
     "seed": 1,
+    "rules": (Rule("lin2/input", w_bits=8),),
+    "transforms": ("harder:1",),
 }
 TOKENS, CHANNELS = 9, 8
 

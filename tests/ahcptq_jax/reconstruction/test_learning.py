@@ -14,6 +14,7 @@ from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
 from ahcptq_jax.quantizers.kinds import kind_named
 from ahcptq_jax.reconstruction import learning, units
 from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.objectives import LocalError
 from ahcptq_jax.reconstruction.units import gather
 from experiments.bench.learning import float_mlp_step, mlp_step
 from sam_flax.layers import Linear
@@ -89,13 +90,13 @@ def learned_scale(unit: float, **changes) -> float:
     state, _ = learning.advance(
         problem,
         state,
-        ((x * unit,), (x * unit,), target),
+        ((x * unit,), (x * unit,), target, ()),
         jnp.arange(20)[:, None] % 2,
         jnp.int32(0),
         jnp.int32(20),
         jax.random.key(0),
         operation=units.Operation(Linear(4, 3, parent=None)),
-        loss_axis=1,
+        loss=LocalError(1),
         config=config,
     )
     return float(state.quantizers["input"].scale)
@@ -115,7 +116,7 @@ def test_chunks_from_disk_fit_the_memory(tmp_path):
     data = units.Dataset(arrays[:1], arrays[1:2], arrays[2])
     feed = units.Feeder(data, 50, 2, budget=5 * 120)
     assert feed.chunk == 2  # iterations of two rows of 120 bytes
-    (quantized, _, target), places = feed(np.array([[4, 1], [1, 1]]))
+    (quantized, _, target, _), places = feed(np.array([[4, 1], [1, 1]]))
     assert len(target) == 4
     np.testing.assert_array_equal(quantized[0][places][..., 0, 0], [[4, 1], [1, 1]])
     assert units.Feeder(data, 50, 1, budget=1).chunk == 1

@@ -15,27 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ahcptq_jax import api
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
 from ahcptq_jax.calibration import saved_state
+from ahcptq_jax.calibration.calibrate import Calibrated
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
 from ahcptq_jax.recipe import site_kind, weight_path
 from ahcptq_jax.reconstruction import adaround, learning, units
 from ahcptq_jax.reconstruction import run as job
+from ahcptq_jax.reconstruction.folder import arrays_of
 from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.objectives import LocalError
 from ahcptq_jax.reconstruction.run import reconstruct
-from ahcptq_jax.reconstruction.units import (
-    GRANULARITIES,
-    PARTS,
-    capture_decoder,
-    decoder_units,
-    encoder_units,
-    run_unit,
-)
+from ahcptq_jax.reconstruction.units import GRANULARITIES, PARTS, decoder_units, encoder_units, run_unit
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from experiments import coco, evaluate
 from experiments.scenes import scenes
 from sam_flax import VIT_B, Sam, SamConfig, SamModel, SamPredictor, load_sam
+from sam_flax.errors import InputError
 
 BITS = 3
 IMAGES = 3
@@ -86,7 +84,7 @@ def boxes():
     return list(corners + np.array([0, 0, 16, 16], np.float32))
 
 
-def calibrate(sam, params, images, boxes):
+def calibrate(sam, params, images, boxes, bits=BITS):
     """Per-channel ranges over the images; `quantize_model` gives the same kinds, and compiles for a minute."""
 
     @jax.jit
@@ -126,9 +124,9 @@ def calibrate(sam, params, images, boxes):
         if (layer := weight_path(site)) is not None:
             kernel = np.asarray(flat.pop(f"{layer}/kernel"))
             matrix = kernel.reshape(-1, kernel.shape[-1])
-            uniform = Uniform.from_range(matrix.min(0), matrix.max(0), BITS)
-            weights[layer] = QuantizedWeight.from_codes(uniform.encode(kernel), uniform.scale, uniform.zero_point, BITS)
-    return Quantized(unflatten(flat), weights, activations, sam, START)
+            uniform = Uniform.from_range(matrix.min(0), matrix.max(0), bits)
+            weights[layer] = QuantizedWeight.from_codes(uniform.encode(kernel), uniform.scale, uniform.zero_point, bits)
+    return Quantized(unflatten(flat), weights, activations, sam, dataclasses.replace(START, w_bits=bits))
 
 
 @pytest.fixture(scope="module")
@@ -211,29 +209,37 @@ def test_units_in_turn_are_the_encoder(sam, params, images, granularity):
 
 
 def test_captured_inputs_give_the_captured_outputs(sam, params, boxes):
-    units = decoder_units(sam)
+    found_units = decoder_units(sam)
     embedding = np.random.default_rng(0).normal(size=(1, 4, 4, 16)).astype(np.float32)
-    found = capture_decoder(sam, params, {}, {}, embedding, boxes[0], names=tuple(unit.name for unit in units))
-    for unit in units:
+    found = units.capture_decoder(
+        sam, params, {}, {}, embedding, boxes[0], names=tuple(unit.name for unit in found_units)
+    )
+    for unit in found_units:
         args, output = found[unit.name]
         again = run_unit(unit.operation, unflatten(unit.own(flatten(params))), {}, {}, args)
         np.testing.assert_allclose(again, output, rtol=1e-4, atol=1e-5)
 
 
-def test_signs_of_big_are_found_again(params, calibrated):
-    layer = "mask_decoder/transformer/final_attn_token_to_image/k_proj"
-    weight = calibrated.weights[layer]
-    signs = np.where(np.arange(8) % 3, 1.0, -1.0).astype(np.float32)
-    codes = Uniform(weight.scale, weight.zero_point, BITS).encode(np.asarray(weight.decode()) * signs)
-    odd = QuantizedWeight.from_codes(codes, weight.scale, weight.zero_point, BITS)
-    flat = flatten(calibrated.params)
-    flat |= {f"{layer}/bias": jnp.arange(8.0)}
-    flipped = dataclasses.replace(calibrated, params=unflatten(flat), weights=calibrated.weights | {layer: odd})
-    before, after = flatten(params), flatten(units.align_signs(params, flipped))
-    np.testing.assert_array_equal(after[f"{layer}/kernel"], before[f"{layer}/kernel"] * signs)
-    np.testing.assert_array_equal(after[f"{layer}/bias"], np.arange(8.0))
-    same = set(before) - {f"{layer}/kernel", f"{layer}/bias"}
-    assert all(np.array_equal(before[path], after[path]) for path in same)
+def test_parameters_that_were_quantized_are_known_by_what_stays_in_floating_point(sam, params, images, boxes):
+    """Whatever the weights: at 2 bits a few large ones are most of a kernel, and no code tells of the rest."""
+    flat = flatten(params)
+    kernel = np.array(flat["image_encoder/blocks_0/mlp/lin1/kernel"])
+    kernel[0] = 100 * np.random.default_rng(0).choice([-1.0, 1.0], kernel.shape[1])
+    outlying = unflatten(flat | {"image_encoder/blocks_0/mlp/lin1/kernel": jnp.asarray(kernel)})
+    calibrated = calibrate(sam, outlying, images, boxes, bits=2)
+    nothing = dataclasses.replace(CONFIG, parts=())
+    target = dataclasses.replace(calibrated.quant_config, groups=GROUPS)
+    reconstruct(sam, outlying, calibrated, images, boxes, nothing, target=target)
+    # As a file rounds what stays in floating point.
+    rounded = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float16), jnp.float32), calibrated.params)
+    job._check_parameters(outlying, dataclasses.replace(calibrated, params=rounded))
+    for path in ("image_encoder/blocks_1/norm1/bias", "mask_decoder/iou_token"):
+        other = unflatten(flatten(outlying) | {path: flatten(outlying)[path] + 1})
+        with pytest.raises(InputError, match=f"not those that were quantized: {path} has other values"):
+            reconstruct(sam, other, calibrated, images, boxes, nothing, target=target)
+    without = {k: v for k, v in flatten(outlying).items() if k != "mask_decoder/iou_token"}
+    with pytest.raises(InputError, match="mask_decoder/iou_token has another shape, or none"):
+        reconstruct(sam, unflatten(without), calibrated, images, boxes, nothing, target=target)
 
 
 # --- Result -----------------------------------------------------------------------------------------------------------
@@ -276,7 +282,7 @@ def test_rounding_and_scales_were_learned(finished, calibrated):
     for path, quantizer in quantized.activations.items():
         before = calibrated.activations[path]
         kinds.add(type(quantizer))
-        for name in job._arrays_of(quantizer).keys() - {"groups"}:
+        for name in arrays_of(quantizer).keys() - {"groups"}:
             if isinstance(quantizer, Grouped):
                 continue  # grouping alone changes it: see below
             same = np.array_equal(getattr(quantizer, name), getattr(before, name))
@@ -326,7 +332,7 @@ def test_loss_is_the_papers(sam, params, calibrated, power):
     own = unflatten(flat)
     problem, state = learning.start(own, unit.own(calibrated.weights), unit.own(calibrated.activations), config)
     x, target = np.random.default_rng(0).normal(size=(2, 1, 1, 4, 4, 16)).astype(np.float32)
-    store = ((x,), (x + 1,), target)
+    store = ((x,), (x + 1,), target, ())
     output = run_unit(unit.operation, own, {}, {}, (x[0],))
     expected = (np.abs(np.asarray(output) - target[0]) ** power).sum(1).mean()
     _, losses = learning.advance(
@@ -338,7 +344,7 @@ def test_loss_is_the_papers(sam, params, calibrated, power):
         jnp.int32(3),
         jax.random.key(0),
         operation=unit.operation,
-        loss_axis=unit.loss_axis,
+        loss=LocalError(unit.loss_axis, power),
         config=config,
     )
     np.testing.assert_allclose(losses, [expected, 0], rtol=1e-4)
@@ -356,13 +362,13 @@ def test_the_regularizer_is_on_after_the_warm_up(sam, params, calibrated):
         _, losses = learning.advance(
             problem,
             state,
-            ((x,), (x,), x),
+            ((x,), (x,), x, ()),
             jnp.zeros((10, 1), jnp.int32),
             jnp.int32(first),
             jnp.int32(last),
             jax.random.key(0),
             operation=unit.operation,
-            loss_axis=unit.loss_axis,
+            loss=LocalError(unit.loss_axis),
             config=config,
         )
         return float(losses[1])
@@ -649,24 +655,29 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 def test_the_whole_job_checks_its_arguments(sam, params, images, given, message):
     arguments = {"params": params, "calib": [np.zeros((8, 8, 3), np.uint8)]} | given
     with pytest.raises(ValueError, match=message):
-        job.quantize_reconstructed(sam, **arguments, config=TARGET, reconstruction=CONFIG)
+        api.quantize_reconstructed(sam, **arguments, config=TARGET, reconstruction=CONFIG)
 
 
 def test_a_finished_calibration_is_taken_over(sam, params, calibrated, tmp_path, monkeypatch):
     """What was saved is the calibration, bit by bit; a damaged or foreign one is refused."""
     image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
-    calls, seen = [], []
-    monkeypatch.setattr(job, "quantize_prepared", lambda *_, **__: calls.append(1) or calibrated)
-    monkeypatch.setattr(job, "reconstruct", lambda *args, **_: seen.append(args[2]) or args[2])
+    calls, seen, handed = [], [], []
+    transformed = unflatten(flatten(params) | {"mask_decoder/iou_token": 2 * params["mask_decoder"]["iou_token"]})
+    monkeypatch.setattr(api, "calibrate", lambda *_, **__: calls.append(1) or Calibrated(calibrated, transformed))
+    monkeypatch.setattr(api, "reconstruct", lambda *args, **_: handed.append(args[1]) or seen.append(args[2]))
 
     def start(calib):
-        return job.quantize_reconstructed(sam, params, calib, TARGET, CONFIG, state_dir=tmp_path)
+        return api.quantize(params, calib, TARGET, sam=sam, reconstruction=CONFIG, state_dir=tmp_path, progress=False)
 
     tmp_path.mkdir(exist_ok=True)
     start([image])
     start([image])
     assert len(calls) == 1 and len(seen) == 2
     assert_same(seen[1], calibrated)
+    # The parameters that reconstruction is handed are those after all transforms, from the folder, too.
+    for found in handed:
+        for (path, ours), theirs in zip(flatten(found).items(), flatten(transformed).values(), strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=path)
     with pytest.raises(ValueError, match="other weights, images or settings"):
         start([image[::-1]])
     (tmp_path / "calibrated.npz").write_bytes(b"no archive")
@@ -691,7 +702,7 @@ def test_mini_gets_better(capsys, tmp_path):
     reports: list[job.UnitReport] = []
     for name, changes in {"calibrated": {"parts": ()}, "reconstructed": {}}.items():
         began = time.perf_counter()
-        models[name] = job.quantize_reconstructed(
+        models[name] = api.quantize_reconstructed(
             sam, params, calib, config, dataclasses.replace(few, **changes), on_unit=reports.append
         )
         with capsys.disabled():

@@ -1,0 +1,300 @@
+"""The interface of an architecture: what quantization must know of a promptable segmenter, and the registry of them.
+
+A new model is its Flax modules, a file here that ends in `register(...)`, and its cost graph in hwcost. Calibration,
+reconstruction, the runtime and the file ask the architecture, and know no parameter's name.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import flax.linen as nn
+import jax
+
+from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
+from ahcptq_jax.rules import Rule
+from sam_flax.errors import InputError
+from sam_flax.sam import Params, call
+from sam_flax.stages import Stage, StageGraph
+
+V = TypeVar("V")
+Module = Any  # a Linen module with a `config`, `init_params` and `decode`, as `sam_flax.Sam`
+Shape = tuple[int, ...]
+
+# What a unit of reconstruction can be, in forward order.
+PARTS = ("encoder_attention", "encoder_mlp", "encoder_block", "neck", "decoder_attention", "decoder_mlp")
+# What is learned together in the encoder: a part of a block, as in the paper, or the block whole.
+GRANULARITIES = ("part", "block")
+# The sites of an attention whose two products run on codes.
+ATTENTION_SITES = ("q", "k", "v", "softmax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A module's method as a function of parameters and inputs. Hashable: a static argument of `jax.jit`.
+
+    Modules without a parent compare by their fields, so that equal units and stages share a compilation.
+    """
+
+    module: nn.Module
+    method: str | None = None
+    settings: tuple[tuple[str, Any], ...] = ()  # further arguments by name, hashable
+
+    def __call__(self, params: Params, *args: Any) -> Any:
+        return call(self.module, params, *args, method=self.method, **dict(self.settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One step of the reconstruction: a function of its own parameters.
+
+    Attributes:
+        name: unique, "image_encoder/blocks_0/mlp" for instance; other units name its output by it.
+        prefix: what its parameters' and sites' paths start with, "image_encoder/blocks_0/".
+        members: the children of the prefix that belong to it; none means all.
+        operation: what it computes.
+        part: one of `PARTS`.
+        loss_axis: axis over which the local objective sums squared errors before it averages them: rows of the grid,
+            tokens, and channels in the neck, as in the official code (`lp_loss`), where they come second. Its windowed
+            attention, though, is a unit inside the windows: it sums over a window's rows, so that its error weighs
+            less against the regularizer, by window / grid, than ours.
+        inputs: of an encoder's unit, the names of earlier units whose outputs it takes, or `EMBEDDED`. A decoder's unit
+            has none: what it takes is captured while prompts run through the decoder.
+    """
+
+    name: str
+    prefix: str
+    members: tuple[str, ...]
+    operation: Operation
+    part: str
+    loss_axis: int = 1
+    inputs: tuple[str, ...] = ()
+
+    def own(self, entries: Mapping[str, V]) -> dict[str, V]:
+        """The entries that belong to this unit, by paths relative to it."""
+        inside = below(self.prefix, entries)
+        return {path: v for path, v in inside.items() if not self.members or path.split("/")[0] in self.members}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritable:
+    """Places where parameters can be rewritten without a change of the function; `transforms` use them.
+
+    Attributes:
+        norms: (norm, the layer behind it, whether offsets can pass between them: not where zeros are padded).
+        hidden: (first, second) linear with a homogeneous function, such as ReLU, between them.
+        keys: key projections of attentions whose keys may all be shifted alike.
+    """
+
+    norms: tuple[tuple[str, str, bool], ...] = ()
+    hidden: tuple[tuple[str, str], ...] = ()
+    keys: tuple[str, ...] = ()
+
+
+class AttentionCodes(Protocol):
+    """What an attention that runs on codes is given by the runtime: its quantizers and its products."""
+
+    @property
+    def recording(self) -> bool:
+        """Whether anybody asks for the codes."""
+
+    def encode(self, site: str, values: jax.Array) -> jax.Array:
+        """Codes of the values at one of `ATTENTION_SITES`; recorded if anybody asks."""
+
+    def decode(self, site: str, codes: jax.Array) -> jax.Array:
+        """The values that the codes stand for."""
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, *biases: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Codes (..., M, d), (..., N, d), (..., N, d) -> output (..., M, d), codes of the map (..., M, N)."""
+
+    def record(self, site: str, codes: jax.Array) -> None:
+        """Notes codes that `attend` returned."""
+
+
+# A module's `__call__` on codes: (module, codes, the module's arguments) -> what the module returns.
+RunOnCodes = Callable[..., jax.Array]
+
+
+class Architecture(abc.ABC):
+    """What quantization must know of a family of models. Instances have no state and are registered once.
+
+    Attributes:
+        name: of the family; files name it, and hwcost finds its graph by it.
+        rules: the official recipe, site by site; `recipe.Recipe` completes it by the configuration.
+        parts: the top-level keys of the parameters.
+        decoder_parts: those that `decode` reads.
+        bimodal: pattern of the attentions whose keys BIG inspects; they have `q_proj`, `k_proj` and a site `k`.
+        attentions: class of an attention module -> how it runs on codes.
+    """
+
+    name: ClassVar[str]
+    rules: ClassVar[tuple[Rule, ...]]
+    parts: ClassVar[tuple[str, ...]]
+    decoder_parts: ClassVar[tuple[str, ...]]
+    bimodal: ClassVar[str | None] = None
+    attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
+
+    @abc.abstractmethod
+    def fits(self, sam: Module) -> bool:
+        """Whether a module is of this family."""
+
+    @abc.abstractmethod
+    def module(self, config: Any) -> Module | None:
+        """The module of a configuration; None if the configuration is another family's."""
+
+    @abc.abstractmethod
+    def stages(self, sam: Module) -> StageGraph:
+        """The image encoder behind its embedding."""
+
+    @abc.abstractmethod
+    def embed(self, sam: Module, params: Params, images: jax.Array) -> Any:
+        """Images (B, S, S, 3), normalised and padded -> what stages and units call `EMBEDDED`, never quantized."""
+
+    @abc.abstractmethod
+    def encoder_units(self, sam: Module, granularity: str = "part") -> list[Unit]:
+        """The image encoder's units in forward order; `granularity` is one of `GRANULARITIES`."""
+
+    @abc.abstractmethod
+    def decoder_units(self, sam: Module) -> list[Unit]:
+        """The decoder's units in forward order; the name of each is the path of its module."""
+
+    def unit_outputs(self, sam: Module, granularity: str = "part") -> tuple[str, ...]:
+        """The names of the units whose outputs are the image's embedding."""
+        return (self.encoder_units(sam, granularity)[-1].name,)
+
+    def shapes(self, sam: Module) -> dict[str, Shape]:
+        """The parameters: path -> shape."""
+        shapes = jax.eval_shape(sam.init_params, jax.random.key(0))
+        return {path: tuple(leaf.shape) for path, leaf in flatten(shapes).items()}
+
+    def sites(self, sam: Module) -> dict[str, int | None]:
+        """All sites of the model: path -> size of the last axis there, None for attention maps.
+
+        Found by abstract evaluation of the stages and of the decoder with boxes.
+        """
+        return traced_sites(self, sam)
+
+    def rewritable(self, sam: Module) -> Rewritable:
+        """Where parameters can be rewritten without a change of the function."""
+        del sam
+        return Rewritable()
+
+    def check(self, sam: Module, params: Params) -> None:
+        """Raises InputError unless the parameters, a nested mapping, are those of the module."""
+        wanted, found = self.shapes(sam), {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+        if wanted != found:
+            odd = min(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path))
+            raise InputError(
+                f"params do not fit sam: the shape of {odd} is {found.get(odd)}, and {wanted.get(odd)} in sam; pass "
+                "the module and the parameters of one model."
+            )
+
+    def is_encoder(self, path: str) -> bool:
+        """Whether a path belongs to the encoder, and so has no part in `decode`."""
+        return path.split("/")[0] not in self.decoder_parts
+
+    def decoder(self, params: Params) -> Params:
+        """The parameters that `decode` reads."""
+        return {part: params[part] for part in self.decoder_parts}
+
+
+def traced_sites(architecture: Architecture, sam: Module) -> dict[str, int | None]:
+    """See `Architecture.sites`."""
+    found: dict[str, int | None] = {}
+    config = sam.config
+
+    def note(prefix: str) -> Callable[[str, Any], Any]:
+        def handle(path: str, value: Any) -> Any:
+            if not isinstance(value, tuple):  # an attention's operands are no tensor of their own
+                found[prefix + path] = None if path.endswith("softmax") else value.shape[-1]
+            return value
+
+        return handle
+
+    def encode(params: Params, images: jax.Array) -> Any:
+        flat = flatten(params)
+
+        def apply(stage: Stage, inputs: tuple[Any, ...]) -> Any:
+            with intercept_sites(note(stage.prefix)):
+                return call(stage.module, unflatten(below(stage.prefix, flat)), *inputs)
+
+        return architecture.stages(sam).run(architecture.embed(sam, params, images), apply)
+
+    def decode(params: Params, embedding: Any, boxes: jax.Array) -> Any:
+        with intercept_sites(note("")):
+            return call(sam, architecture.decoder(params), embedding, None, boxes, method="decode")
+
+    params = jax.eval_shape(sam.init_params, jax.random.key(0))
+    size = config.img_size
+    embedding = jax.eval_shape(encode, params, jax.ShapeDtypeStruct((1, size, size, 3), "float32"))
+    jax.eval_shape(decode, params, embedding, jax.ShapeDtypeStruct((1, 4), "float32"))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- registry
+
+_ARCHITECTURES: dict[str, Architecture] = {}
+
+
+def register(architecture: Architecture) -> Architecture:
+    """Makes a family known by its name.
+
+    Raises:
+        ValueError: if the name is another family's.
+    """
+    known = _ARCHITECTURES.setdefault(architecture.name, architecture)
+    if type(known) is not type(architecture):
+        raise ValueError(f"There are two architectures named {architecture.name!r}.")
+    return known
+
+
+def known_architectures() -> tuple[Architecture, ...]:
+    """All families, in the order in which they were registered."""
+    return tuple(_ARCHITECTURES.values())
+
+
+def architecture_named(name: str) -> Architecture:
+    """The family of a name, as files hold it.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if name not in _ARCHITECTURES:
+        raise InputError(f"The architecture {name!r} is unknown; known are {', '.join(sorted(_ARCHITECTURES))}.")
+    return _ARCHITECTURES[name]
+
+
+def architecture_of(sam: Module) -> Architecture:
+    """The family that a module is of.
+
+    Raises:
+        InputError: if it is of none.
+    """
+    for architecture in _ARCHITECTURES.values():
+        if architecture.fits(sam):
+            return architecture
+    raise InputError(
+        f"sam is a {type(sam).__name__} and of no known architecture ({', '.join(sorted(_ARCHITECTURES))}); pass the "
+        "first result of sam_flax.load_sam, or register an architecture for it."
+    )
+
+
+def module_of(config: Any) -> Module:
+    """The module of a configuration of any known family.
+
+    Raises:
+        InputError: if it is of none.
+    """
+    for architecture in _ARCHITECTURES.values():
+        if (module := architecture.module(config)) is not None:
+            return module
+    raise InputError(f"A {type(config).__name__} is the configuration of no known architecture.")
+
+
+def run_on_codes(module: nn.Module) -> RunOnCodes | None:
+    """How an attention module runs on codes; None for all other modules."""
+    for architecture in _ARCHITECTURES.values():
+        if type(module) in architecture.attentions:
+            return architecture.attentions[type(module)]
+    return None

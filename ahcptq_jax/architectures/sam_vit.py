@@ -1,0 +1,231 @@
+"""Segment Anything with its plain ViT encoder: stages, units, the official recipe, and its attentions on codes.
+
+Everything in this package that knows a name or a shape of this model is in this file. Its modules are
+`sam_flax.encoders.vit`, `sam_flax.heads` and `sam_flax.sam`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ahcptq_jax.architectures.base import (
+    Architecture,
+    AttentionCodes,
+    Operation,
+    Rewritable,
+    RunOnCodes,
+    Shape,
+    Unit,
+    register,
+)
+from ahcptq_jax.architectures.sites import flatten
+from ahcptq_jax.rules import FLOAT, Rule
+from sam_flax.config import SamConfig
+from sam_flax.encoders import vit
+from sam_flax.errors import InputError
+from sam_flax.files.infer import infer_config
+from sam_flax.files.parameters import parameter_shapes
+from sam_flax.files.trees import check_tree
+from sam_flax.heads import mask_decoder
+from sam_flax.layers import MLPBlock
+from sam_flax.sam import Params, Sam, embed_image, stage_graph
+from sam_flax.stages import EMBEDDED, StageGraph
+
+_BLOCK = r"image_encoder/blocks_\d+"
+_TRANSFORMER = r"mask_decoder/transformer"
+_ATTENTION = _TRANSFORMER + r"/(layers_\d+/\w+_attn|layers_\d+/cross_attn_\w+|final_attn_token_to_image)"
+# Parts with sites, none of which the method quantizes.
+_FLOAT_HEADS = r"mask_decoder/(output_hypernetworks_mlps_\d+|iou_prediction_head)"
+
+# METHOD section 5. What has no site stays in floating point anyway: patch embedding, positions, norms, prompt encoder
+# and output upscaling.
+RULES = (
+    Rule(_BLOCK + r"/attn/qkv/input", "grouped"),
+    Rule(_BLOCK + r"/attn/proj/input", "uniform"),
+    Rule(_BLOCK + r"/attn/[qkv]", "uniform"),
+    Rule(_BLOCK + r"/attn/softmax", "log2"),
+    Rule(_BLOCK + r"/mlp/lin1/input", "grouped"),
+    Rule(_BLOCK + r"/mlp/lin2/input", "hybrid"),
+    Rule(r"image_encoder/neck/conv[12]/input", "uniform"),
+    Rule(_ATTENTION + r"/[qkv]_proj/input", "grouped"),
+    Rule(_ATTENTION + r"/out_proj/input", "uniform"),
+    Rule(_ATTENTION + r"/[qkv]", "uniform"),
+    Rule(_ATTENTION + r"/softmax", "log2"),
+    Rule(_TRANSFORMER + r"/layers_\d+/mlp/lin1/input", "grouped"),
+    Rule(_TRANSFORMER + r"/layers_\d+/mlp/lin2/input", "hybrid"),
+    Rule(_FLOAT_HEADS + r"/layers_\d+/input", FLOAT),
+)
+
+# What shapes do not hold of a configuration; everything else must agree with the parameters.
+_NOT_IN_SHAPES = ("decoder_num_heads", "pixel_mean", "pixel_std", "mask_threshold")
+
+
+class SamVit(Architecture):
+    """See `Architecture`."""
+
+    name = "sam_vit"
+    rules = RULES
+    parts = ("image_encoder", "prompt_encoder", "mask_decoder")
+    decoder_parts = ("prompt_encoder", "mask_decoder")
+    # Tokens attending to the image.
+    bimodal = _TRANSFORMER + r"/(layers_\d+/cross_attn|final_attn)_token_to_image"
+
+    def fits(self, sam: Any) -> bool:
+        return isinstance(sam, Sam)
+
+    def module(self, config: Any) -> Sam | None:
+        return Sam(config) if isinstance(config, SamConfig) else None
+
+    def stages(self, sam: Sam) -> StageGraph:
+        return stage_graph(sam.config)
+
+    def embed(self, sam: Sam, params: Params, images: jax.Array) -> jax.Array:
+        return embed_image(sam.config, params, images)
+
+    def encoder_units(self, sam: Sam, granularity: str = "part") -> list[Unit]:
+        units: list[Unit] = []
+        for stage in stage_graph(sam.config).stages:
+            whole, prefix = stage.prefix.rstrip("/"), stage.prefix
+            before = (units[-1].name,) if units else (EMBEDDED,)
+            if stage.key == "neck":
+                units.append(Unit(whole, prefix, (), Operation(stage.module), "neck", loss_axis=-1, inputs=before))
+                continue
+            if granularity == "block":
+                units.append(Unit(whole, prefix, (), Operation(stage.module), "encoder_block", inputs=before))
+                continue
+            attention = Operation(stage.module, "attention_part")
+            # The MLP does not know of windows: the MLPs of all blocks are one function.
+            mlp = Operation(stage.module.clone(window=0), "mlp_part")
+            first = Unit(prefix + "attn", prefix, ("norm1", "attn"), attention, "encoder_attention", inputs=before)
+            second = Unit(prefix + "mlp", prefix, ("norm2", "mlp"), mlp, "encoder_mlp", inputs=(first.name,))
+            units += [first, second]
+        return units
+
+    def decoder_units(self, sam: Sam) -> list[Unit]:
+        config = sam.config
+        dim, heads = config.out_chans, config.decoder_num_heads
+        own = Operation(mask_decoder.Attention(dim, heads, parent=None))
+        cross = Operation(mask_decoder.Attention(dim, heads, downsample_rate=2, parent=None))
+        mlp = Operation(MLPBlock(dim, config.decoder_mlp_dim, nn.relu, parent=None))
+        units = []
+        for i in range(config.decoder_depth):
+            for child, operation, part in (
+                ("self_attn", own, "decoder_attention"),
+                ("cross_attn_token_to_image", cross, "decoder_attention"),
+                ("mlp", mlp, "decoder_mlp"),
+                ("cross_attn_image_to_token", cross, "decoder_attention"),
+            ):
+                name = f"{_TRANSFORMER}/layers_{i}/{child}"
+                units.append(Unit(name, name + "/", (), operation, part))
+        name = f"{_TRANSFORMER}/final_attn_token_to_image"
+        return [*units, Unit(name, name + "/", (), cross, "decoder_attention")]
+
+    def shapes(self, sam: Sam) -> dict[str, Shape]:
+        return parameter_shapes(sam.config)
+
+    def sites(self, sam: Sam) -> dict[str, int | None]:
+        """See `Architecture.sites`; from the shapes of the parameters, since tracing a SAM-H takes seconds."""
+        config = sam.config
+        sites: dict[str, int | None] = {}
+        for path, shape in parameter_shapes(config).items():
+            layer, _, leaf = path.rpartition("/")
+            if leaf != "kernel" or not any(layer.startswith(part) for part in _PARTS_WITH_SITES):
+                continue
+            sites[f"{layer}/input"] = shape[-2]
+            parent, _, name = layer.rpartition("/")
+            if name in ("qkv", "q_proj"):
+                width = config.head_dim if name == "qkv" else shape[-1] // config.decoder_num_heads
+                sites |= {f"{parent}/{site}": width for site in "qkv"}
+                sites[f"{parent}/softmax"] = None
+        return sites
+
+    def rewritable(self, sam: Sam) -> Rewritable:
+        config = sam.config
+        norms, hidden, keys = [], [], [f"{_TRANSFORMER}/final_attn_token_to_image/k_proj"]
+        for index in range(config.depth):
+            block, window = f"image_encoder/blocks_{index}", config.block_window(index)
+            padded = bool(window) and config.grid % window != 0
+            norms.append((f"{block}/norm1", f"{block}/attn/qkv", not padded))
+            norms.append((f"{block}/norm2", f"{block}/mlp/lin1", True))
+        norms.append(("image_encoder/neck/norm1", "image_encoder/neck/conv2", False))
+        for index in range(config.decoder_depth):
+            layer = f"{_TRANSFORMER}/layers_{index}"
+            hidden.append((f"{layer}/mlp/lin1", f"{layer}/mlp/lin2"))
+            keys.append(f"{layer}/cross_attn_token_to_image/k_proj")
+        return Rewritable(tuple(norms), tuple(hidden), tuple(keys))
+
+    def check(self, sam: Sam, params: Params) -> None:
+        # With one head every width is possible; the real number is not in the shapes.
+        inferred = infer_config(params, decoder_num_heads=1)
+        for name, (given, found) in _differences(sam.config, inferred).items():
+            raise InputError(
+                f"sam has {name}={given} but params are those of a SAM with {name}={found}; pass both results of one "
+                "load_sam."
+            )
+        check_tree(sam.config, flatten(params), "Parameter tree")
+
+    attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
+
+
+_PARTS_WITH_SITES = ("image_encoder/blocks_", "image_encoder/neck/", _TRANSFORMER + "/") + tuple(
+    f"mask_decoder/{head}" for head in ("output_hypernetworks_mlps_", "iou_prediction_head/")
+)
+
+
+def _differences(given: SamConfig, found: SamConfig) -> dict[str, tuple[Any, Any]]:
+    """What shapes hold and two configurations say differently: field -> both values."""
+
+    def view(config: SamConfig) -> dict[str, Any]:
+        values = config.to_dict()
+        for name in _NOT_IN_SHAPES:
+            del values[name]
+        # Another ratio that gives the same hidden width is the same model.
+        values["mlp_ratio"] = int(config.embed_dim * config.mlp_ratio) / config.embed_dim
+        # A window as large as the grid is global attention.
+        windows = [config.block_window(index) or config.grid for index in range(config.depth)]
+        local = [window for window in windows if window != config.grid]
+        values["window_size"] = local[0] if local else config.grid
+        values["global_attn_indexes"] = tuple(i for i, window in enumerate(windows) if window == config.grid)
+        return values
+
+    one, other = view(given), view(found)
+    return {name: (value, other[name]) for name, value in one.items() if value != other[name]}
+
+
+def _encoder_attention(module: vit.Attention, codes: AttentionCodes, x: jax.Array) -> jax.Array:
+    """`vit.Attention.__call__` on codes."""
+    grid = (x.shape[1], x.shape[2])
+    h, w = (module.size, module.size) if module.windowed else grid
+    values = vit.split_heads(module.qkv.product(x), module.qkv.bias, (h, w), module.num_heads)
+    q, k, v = (codes.encode(name, a) for name, a in zip("qkv", values, strict=True))
+
+    def attend(part: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, of_map = codes.attend(*part)
+        # One byte each: all maps of a block together can be large.
+        return (out, of_map.astype(jnp.uint8)) if codes.recording else (out,)
+
+    biases = vit.relative_biases(codes.decode("q", q), module.rel_pos_h, module.rel_pos_w, (h, w))
+    out, *of_map = vit.attend_in_parts(attend, q, k, v, *biases)
+    if codes.recording:
+        codes.record("softmax", of_map[0])
+    out = out.reshape(-1, module.num_heads, h, w, out.shape[-1]).transpose(0, 2, 3, 1, 4)
+    return module.proj(vit.window_unpartition(out.reshape(-1, h, w, module.dim), grid))
+
+
+def _decoder_attention(
+    module: mask_decoder.Attention, codes: AttentionCodes, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """`mask_decoder.Attention.__call__` on codes."""
+    separate = module.separate_heads
+    values = separate(module.q_proj(q)), separate(module.k_proj(k)), separate(module.v_proj(v))
+    q, k, v = (codes.encode(name, a) for name, a in zip("qkv", values, strict=True))
+    out, of_map = codes.attend(q, k, v)
+    codes.record("softmax", of_map)
+    return module.out_proj(out.transpose(0, 2, 1, 3).reshape(out.shape[0], out.shape[2], -1))
+
+
+SamVit.attentions = {vit.Attention: _encoder_attention, mask_decoder.Attention: _decoder_attention}
+SAM_VIT = register(SamVit())

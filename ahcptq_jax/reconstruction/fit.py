@@ -1,0 +1,122 @@
+"""All iterations of one unit: what is drawn, when channels are regrouped, and when the state is saved."""
+
+import dataclasses
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ahcptq_jax.architectures.base import Unit
+from ahcptq_jax.quantizers.searches.grouping import ladder_stages
+from ahcptq_jax.reconstruction import learning
+from ahcptq_jax.reconstruction.folder import StateFolder
+from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.objectives import Objective
+from ahcptq_jax.reconstruction.units import Dataset, Feeder
+
+
+class Ending(NamedTuple):
+    """What the quantizers of a unit end as.
+
+    Attributes:
+        groups: where the ladder of CAG ends; 0 if there is none.
+        metric: of the k-means that takes channels there.
+        grid_bits: of the grid that they end on; 0 for none.
+    """
+
+    groups: int
+    metric: str
+    grid_bits: int
+
+
+class _Chunk(NamedTuple):
+    """Iterations `first` to `last - 1`, before which channels are brought into each of `rungs` groups."""
+
+    first: int
+    last: int
+    rungs: tuple[int, ...]
+
+
+def fit(
+    unit: Unit,
+    problem: learning.Problem,
+    state: learning.State,
+    data: Dataset,
+    objective: Objective,
+    config: ReconstructionConfig,
+    ending: Ending,
+    folder: StateFolder,
+    bar: tqdm,
+) -> learning.State:
+    """Learns a unit, from its intermediate state if one was saved.
+
+    Args:
+        unit: what is learned.
+        problem, state: from `learning.start`.
+        data: its inputs and targets; `objective.context` is `data.context`.
+        objective: what is minimised.
+        config: how.
+        ending: where the groups of channels and the steps end.
+        folder: keeps the state now and then.
+        bar: counts iterations.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(unit.name.encode()))
+    batch_key, step_key = jax.random.split(key)
+    # All at once, so that neither chunks nor interruptions change what is drawn.
+    drawn = np.asarray(jax.random.randint(batch_key, (config.iterations, config.batch), 0, len(data)))
+    first, state = folder.load_partial(unit, state)
+    feed = Feeder(data, config.chunk, config.batch, config.memory_budget // 2)
+    # What has no influence on a step must not compile it again.
+    static = dataclasses.replace(config.result_settings(), seed=0, parts=ReconstructionConfig().parts)
+    bar.set_description(unit.name)
+    bar.update(first)
+    saved = time.monotonic()
+    for chunk in _chunks(first, config, ending.groups, feed.chunk):
+        if chunk.first > first and time.monotonic() - saved >= config.save_seconds:
+            folder.save_partial(unit, state, chunk.first)
+            saved = time.monotonic()
+        for wanted in chunk.rungs:
+            state = learning.regroup(state, wanted, ending.groups, ending.metric)
+        if chunk.first == chunk.last:
+            break
+        rows = np.resize(drawn[chunk.first : chunk.last], (feed.chunk, config.batch))
+        store, places = feed(rows)
+        state, losses = learning.advance(
+            problem,
+            state,
+            store,
+            jnp.asarray(places, jnp.int32),
+            jnp.int32(chunk.first),
+            jnp.int32(chunk.last),
+            step_key,
+            objective.shared,
+            operation=unit.operation,
+            loss=objective.loss,
+            config=static,
+            grid_bits=ending.grid_bits,
+        )
+        _show(bar, chunk.last - chunk.first, losses)
+    return state
+
+
+def _chunks(first: int, config: ReconstructionConfig, groups: int, chunk: int) -> Iterator[_Chunk]:
+    """The chunks from iteration `first` on; the last is empty and stands for what is done after all iterations."""
+    rungs: list[tuple[int, int]] = []
+    if groups:
+        rungs = list(zip(config.regroup_steps(), ladder_stages(groups), strict=True))
+    stops = sorted({first, *range(0, config.iterations, chunk), *(at for at, _ in rungs), config.iterations})
+    for step, stop in zip(stops, [*stops[1:], config.iterations], strict=True):
+        if step >= first:
+            yield _Chunk(step, stop, tuple(wanted for at, wanted in rungs if at == step))
+
+
+def _show(bar: tqdm, steps: int, losses: Any) -> None:
+    bar.update(steps)
+    if not bar.disable:
+        error, penalty = np.asarray(losses)
+        bar.set_postfix(error=f"{error:.3g}", rounding=f"{penalty:.3g}", refresh=False)
