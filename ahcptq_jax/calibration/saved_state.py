@@ -1,9 +1,9 @@
 """Saved states of a long run: named arrays in one file, complete or absent, tied to the run that they belong to."""
 
 import functools
+import glob
 import hashlib
 import importlib.metadata
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -14,6 +14,8 @@ import jax
 import numpy as np
 
 import sam_flax
+from sam_flax.errors import InputError
+from sam_flax.files.writing import make_folder, whole_file
 
 _FINGERPRINT = "fingerprint"
 
@@ -45,33 +47,28 @@ def code_version() -> str:
 
 
 def save(path: Path, identity: str, arrays: Mapping[str, Any]) -> None:
-    """Writes arrays so that a reader, or a run killed meanwhile, finds the old file, none, or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    with open(temporary, "wb") as file:
-        content: dict[str, Any] = {_FINGERPRINT: identity, **arrays}
+    """Writes arrays so that a reader, or a run killed meanwhile, finds the old file, none, or the whole new one.
+
+    Raises:
+        OSError: if the file cannot be written; one sentence with path and remedy.
+    """
+    make_folder(path.parent)
+    content: dict[str, Any] = {_FINGERPRINT: identity, **arrays}
+    with whole_file(path) as file:
         np.savez(file, **content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def remove(path: Path) -> None:
     """Removes a saved state, and what a run that was killed while it saved left of it."""
-    for leftover in (path, _temporary(path)):
+    for leftover in (path, *path.parent.glob(f".{glob.escape(path.name)}.*.part")):
         leftover.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    # Always of one name: what a killed run leaves of it is overwritten, and does not pile up.
-    return path.with_name(f".{path.name}.part")
 
 
 def load(path: Path, identity: str) -> dict[str, np.ndarray] | None:
     """The arrays saved under this identity; None if there is no file.
 
     Raises:
-        ValueError: if the file is damaged or belongs to another run.
+        InputError: if the file is damaged or belongs to another run.
         PermissionError: if it may not be read.
     """
     try:
@@ -86,20 +83,20 @@ def load(path: Path, identity: str) -> dict[str, np.ndarray] | None:
     except (OSError, ValueError, EOFError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise damaged(path, str(error) or type(error).__name__) from error
     if found != identity:
-        raise ValueError(
+        raise InputError(
             f"{path} was saved by a run with other weights, images or settings, or by other code; give this run a "
             "folder of its own, or delete the file."
         )
     return arrays
 
 
-def damaged(path: Path, why: str) -> ValueError:
+def damaged(path: Path, why: str) -> InputError:
     """The error to raise for a file whose content is not what was saved."""
-    return ValueError(f"{path} is damaged ({why}); delete it and its part of the run is done again.")
+    return InputError(f"{path} is damaged ({why}); delete it and its part of the run is done again.")
 
 
 def check_names(path: Path, arrays: Mapping[str, np.ndarray], expected: Iterable[str]) -> None:
-    """Raises ValueError unless the file at `path` holds exactly the expected arrays."""
+    """Raises InputError unless the file at `path` holds exactly the expected arrays."""
     odd = sorted(arrays.keys() ^ set(expected))
     if odd:
         raise damaged(path, f"{odd[0]} is missing or not expected")

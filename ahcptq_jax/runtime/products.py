@@ -119,11 +119,12 @@ def accumulate_powers(
     return _to_float(sums, right.zero_point)
 
 
-def rounded(product: jax.Array) -> jax.Array:
-    """A product as it is.
+def unfused(product: jax.Array) -> jax.Array:
+    """A product, rounded to float32 before anything is added to it.
 
-    A compiler may round a product together with a sum behind it, and it chooses by what stands around them, which the
-    two carriers differ in. Behind this, which removes nothing finite, it must round.
+    A compiler may fuse a product and the sum behind it into one operation that rounds once, and whether it does depends
+    on what stands around them, in which the two carriers differ. The maximum removes nothing finite and keeps it from
+    fusing.
     """
     return jnp.maximum(product, np.finfo(np.float32).min)
 
@@ -199,7 +200,7 @@ def _multiply_groups(quantizer: Grouped, codes: jax.Array, right: Operand, carri
     if carrier == "float32":
         rows = rows.astype(jnp.float32) - zeros[labels]
         sums = _group_sums(rows, right.centred(), jnp.float32(0), labels, len(scales))
-        total = sums(lambda group, share, total: total + rounded(scales[group] * share))
+        total = sums(lambda group, share, total: total + unfused(scales[group] * share))
     else:
         other, other_zero = right.whole()
         own = (labels == jnp.arange(len(scales))[:, None]).astype(jnp.int32)
@@ -208,7 +209,7 @@ def _multiply_groups(quantizer: Grouped, codes: jax.Array, right: Operand, carri
         sums = _group_sums(rows, other, other_zero, labels, len(scales))
         total = sums(
             lambda group, share, total: (
-                total + rounded(scales[group] * _to_float(share - offsets[group], right.zero_point))
+                total + unfused(scales[group] * _to_float(share - offsets[group], right.zero_point))
             )
         )
     return total.reshape(*codes.shape[:-1], -1)
@@ -321,7 +322,7 @@ def _multiply_hybrid(quantizer: Hybrid, codes: jax.Array, right: Operand, carrie
     half, most = 2 ** (quantizer.bits - 1), 2**quantizer.bits - 2
     log_part = jax.lax.cond(log_levels <= half, branch(half), branch(most), k, right.codes, right.zero_point)
     uniform_part = accumulate(jnp.maximum(codes - log_levels, 0), jnp.float32(0), right, carrier)
-    return rounded(_scalar(quantizer.scale_log) * log_part) + rounded(_scalar(quantizer.scale_uniform) * uniform_part)
+    return unfused(_scalar(quantizer.scale_log) * log_part) + unfused(_scalar(quantizer.scale_uniform) * uniform_part)
 
 
 def _multiply_log2(quantizer: Log2, codes: jax.Array, right: Operand, carrier: Carrier) -> jax.Array:
@@ -356,7 +357,7 @@ def _multiply_log2(quantizer: Log2, codes: jax.Array, right: Operand, carrier: C
 
 def _weighted(sums: list[tuple[float, jax.Array]]) -> jax.Array:
     """The sum of the arrays times their factors, in this order."""
-    products = [rounded(np.float32(factor) * part) for factor, part in sums]
+    products = [unfused(np.float32(factor) * part) for factor, part in sums]
     return sum(products[1:], start=products[0])
 
 
@@ -383,9 +384,9 @@ def layer(codes: jax.Array, quantizer: Quantizer, weight: QuantizedWeight, carri
         codes = shifted_copies(codes - zero, weight.shape[0]) + zero
     right = Operand(weight.codes().reshape(-1, weight.shape[-1]), weight.zero_point, weight.bits)
     total = multiply(quantizer, codes.reshape(-1, codes.shape[-1]), right, carrier)
-    y = rounded(total * weight.scale)
+    y = unfused(total * weight.scale)
     if isinstance(quantizer, Hybrid):
-        y = y + rounded(_scalar(quantizer.minimum) * weight.scale * right.centred().sum(0))
+        y = y + unfused(_scalar(quantizer.minimum) * weight.scale * right.centred().sum(0))
     return y.reshape(*codes.shape[:-1], y.shape[-1])
 
 
@@ -411,11 +412,11 @@ def attend(
     keys, values = sites["k"], sites["v"]
     assert isinstance(keys, Uniform) and isinstance(values, Uniform)
     right = Operand(jnp.swapaxes(k, -1, -2), _scalar(keys.zero_point), keys.bits)
-    scores = rounded(multiply(sites["q"], q, right, carrier) * (_scalar(keys.scale) * q.shape[-1] ** -0.5))
+    scores = unfused(multiply(sites["q"], q, right, carrier) * (_scalar(keys.scale) * q.shape[-1] ** -0.5))
     if biases:
         bias_h, bias_w = biases
         grid = scores.reshape(*scores.shape[:-1], bias_h.shape[-1], bias_w.shape[-1])
         scores = (grid + bias_h[..., :, None] + bias_w[..., None, :]).reshape(scores.shape)
     codes = sites["softmax"].encode(nn.softmax(scores))
     right = Operand(v, _scalar(values.zero_point), values.bits)
-    return rounded(multiply(sites["softmax"], codes, right, carrier) * _scalar(values.scale)), codes
+    return unfused(multiply(sites["softmax"], codes, right, carrier) * _scalar(values.scale)), codes

@@ -17,7 +17,7 @@ from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.quantizers.weights import QuantizedWeight
 from ahcptq_jax.runtime.products import Carrier
-from ahcptq_jax.runtime.quantized_layers import Note, intercept_quantized
+from ahcptq_jax.runtime.quantized_layers import RecordCodes, intercept_quantized
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params, Points
 from sam_flax.stages import Stage
@@ -42,11 +42,11 @@ def _with_placeholders(params: Params, weights: Mapping[str, QuantizedWeight]) -
 Codes = dict[str, jax.Array]  # site path -> uint8 codes
 
 
-def _recorder(codes: Codes) -> Note:
-    def note(path: str, value: jax.Array) -> None:
+def _recorder(codes: Codes) -> RecordCodes:
+    def record(path: str, value: jax.Array) -> None:
         codes[path] = value.astype(jnp.uint8)
 
-    return note
+    return record
 
 
 @partial(jax.jit, static_argnames=("operation", "carrier", "record"))

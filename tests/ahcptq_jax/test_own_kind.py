@@ -102,9 +102,7 @@ def calib():
 def quantized(request, sam_tiny, calib):
     config, params = sam_tiny
     settings = dataclasses.replace(CONFIG, grid_bits=request.param)
-    return ahcptq_jax.quantize(
-        params, calib, settings, sam=Sam(config), reconstruction=LEARNING, progress=False
-    )
+    return ahcptq_jax.quantize(params, calib, settings, sam=Sam(config), reconstruction=LEARNING, progress=False)
 
 
 def test_it_is_calibrated_and_learned(quantized):

@@ -18,7 +18,6 @@ from ahcptq_jax.config import GROUP_METRICS
 from ahcptq_jax.quantizers import Grouped
 from ahcptq_jax.quantizers.base import qparams_from_range
 
-METRICS = GROUP_METRICS
 _SEED = 0
 # (rank by removal cost, rank by inertia) of the centre to take away and of the cluster to split, tried in turn.
 _SWAPS = np.array([(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (2, 1), (1, 2)], np.int32)
@@ -203,8 +202,8 @@ def _check(
         )
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+    if metric not in GROUP_METRICS:
+        raise ValueError(f"metric must be one of {GROUP_METRICS}, got {metric!r}")
     if metric == "range" and bits is None:
         raise ValueError("the metric 'range' needs the bits that the scale and the zero point belong to")
     return scale, zero_point

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ahcptq_jax.config import GROUP_METRICS
 from ahcptq_jax.quantizers import Uniform
 from ahcptq_jax.quantizers.searches import grouping, search_range
 
@@ -129,7 +130,7 @@ def test_edges() -> None:
     np.testing.assert_allclose(one.scale, [0.4], rtol=1e-6)
     np.testing.assert_array_equal(one.zero_point, [2.0])
     # More groups than distinct values: the spare groups stay empty and usable, the values are kept.
-    for metric in grouping.METRICS:
+    for metric in GROUP_METRICS:
         few = grouping.group_channels(np.tile(scale, 8), np.tile(zero_point, 8), 6, metric, bits=4)
         few.quantizer(4).validate(24)
         np.testing.assert_allclose(few.scale[few.labels], np.tile(scale, 8), rtol=1e-6)
@@ -149,7 +150,7 @@ def test_grouping_beats_one_scale_on_skewed_channels() -> None:
 
     channels = search_range([x], 4, per_channel=True)
     per_tensor = Uniform.from_range(x.min(), x.max(), 4)
-    for metric in grouping.METRICS:
+    for metric in GROUP_METRICS:
         grouped = grouping.group_channels(channels.scale, channels.zero_point, 4, metric, bits=4).quantizer(4)
         assert error(channels) < error(grouped) < 0.8 * error(per_tensor)
 
