@@ -4,7 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,6 +32,7 @@ def quantize(
     reconstruction: ReconstructionConfig | None = None,
     state_dir: str | Path | None = None,
     cache: StatisticsCache | None = None,
+    remainder: Literal["fp16", "fp32"] = "fp16",
     progress: bool = True,
     on_unit: Callable[[UnitReport], None] | None = None,
 ) -> Quantized:
@@ -49,6 +50,8 @@ def quantize(
             result.
         cache: passes over the images and quantized weights of earlier runs, to which those of this run are added; the
             result is the same without it.
+        remainder: what stays in floating point is rounded to float16 at the end, or left in float32. The file of the
+            returned model holds it as it is returned.
         progress: shows bars on stderr.
         on_unit: called after each unit of the reconstruction.
 
@@ -61,12 +64,14 @@ def quantize(
         ValueError: if a file in `state_dir` is damaged or another run's.
     """
     _check_configurations(config, reconstruction)
+    if remainder not in ("fp16", "fp32"):
+        raise InputError(f"remainder={remainder!r} must be 'fp16' or 'fp32'.")
     sam = check_model(sam, params)
     images = prepare_images(calib, sam, config)
     folder = None if state_dir is None else Path(state_dir)
     if reconstruction is None:
         calibrated = calibrate(sam, params, images, config, progress=progress, state_dir=folder, cache=cache)
-        return calibrated.quantized.with_rounded_remainder()
+        return calibrated.quantized.with_rounded_remainder() if remainder == "fp16" else calibrated.quantized
     # Channels stay on their own and quantizers off the grid in the calibration; they are grouped, and put on it, while
     # they are learned.
     start = dataclasses.replace(config, groups=0, grid_bits=0)
@@ -83,8 +88,7 @@ def quantize(
         state_dir=folder,
         on_unit=on_unit,
     )
-    # As a file holds it: what is returned, saved and loaded is one model.
-    return finished.with_rounded_remainder()
+    return finished.with_rounded_remainder() if remainder == "fp16" else finished
 
 
 def quantize_model(sam: Any, params: Params, calib: Iterable[Any], config: QuantConfig, **options: Any) -> Quantized:

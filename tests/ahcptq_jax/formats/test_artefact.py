@@ -52,6 +52,11 @@ def test_what_quantize_returns_is_what_its_file_holds(tiny_quantized, file):
     assert same(ahcptq_jax.load(file, tiny_quantized.config), tiny_quantized)
 
 
+def test_an_unknown_remainder_is_refused_before_the_work(sam_tiny):
+    with pytest.raises(ValueError, match="remainder='fp8' must be 'fp16' or 'fp32'"):
+        ahcptq_jax.quantize(sam_tiny[1], [], sam=Sam(sam_tiny[0]), remainder="fp8")
+
+
 def unrounded(model):
     """The model with a float remainder that float16 cannot hold."""
     return dataclasses.replace(model, params=jax.tree.map(lambda a: a * 1.0001 + 1e-5, model.params))
