@@ -7,9 +7,10 @@ from typing import Any, TypeVar, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 T = TypeVar("T")
-Function = TypeVar("Function", bound=Callable)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def in_float32(function: Function) -> Function:
@@ -31,16 +32,16 @@ class Site(nn.Module):
 
 
 @jax.custom_vjp
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel`, (..., in) and (in, out), with a gradient for which XLA on CPUs transposes little."""
+def project(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float[Array, "*batch out"]:
+    """`x @ kernel`, with a gradient for which XLA on CPUs transposes little."""
     return x @ kernel
 
 
-def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
+def _project_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     return x @ kernel, (x, kernel)
 
 
-def _project_backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _project_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     x, kernel = saved
     cotangent = jax.lax.optimization_barrier(cotangent)
     rows, out = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
@@ -63,10 +64,10 @@ class Linear(nn.Module):
         self.kernel = self.param("kernel", nn.initializers.xavier_uniform(), (self.in_features, self.features))
         self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # (..., in) -> (..., out)
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return self.product(x) + self.bias
 
-    def product(self, x: jax.Array) -> jax.Array:  # (..., in) -> (..., out)
+    def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """The layer without its bias."""
         return project(self.input(x), self.kernel)
 
@@ -83,18 +84,14 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, self.in_features, self.features)
         self.kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # (B, H, W, in) -> (B, H, W, out)
+    def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h w out"]:
         return conv_same(self.input(x), self.kernel)
 
 
-def conv_same(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def conv_same(x: Float[Array, "b h w in"], kernel: Float[Array, "k k in out"]) -> Float[Array, "b h w out"]:
     """Stride-1 zero-padded convolution as one matrix product of shifted copies.
 
-    On CPUs this is several times faster than `lax.conv_general_dilated`, in the gradient above all.
-
-    Args:
-        x: (B, H, W, in).
-        kernel: (k, k, in, out), k odd.
+    On CPUs this is several times faster than `lax.conv_general_dilated`, in the gradient above all. `k` is odd.
     """
     k = kernel.shape[0]
     if k == 1:
@@ -102,8 +99,8 @@ def conv_same(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return shifted_copies(x, k) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def shifted_copies(x: jax.Array, k: int) -> jax.Array:
-    """(B, H, W, C) -> (B, H, W, k*k*C): the k x k neighbours of every pixel, zero outside, in the order of a kernel."""
+def shifted_copies(x: Shaped[Array, "b h w c"], k: int) -> Shaped[Array, "b h w {k}*{k}*c"]:
+    """The k x k neighbours of every pixel, zero outside, in the order of a kernel."""
     pad = k // 2
     _, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -118,7 +115,7 @@ class PatchConv(nn.Module):
     patch_size: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # (B, H, W, in) -> (B, H/p, W/p, out)
+    def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b h//{self.patch_size} w//{self.patch_size} out"]:
         p = self.patch_size
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (p, p, self.in_features, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -134,7 +131,7 @@ class UpConv(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # (B, H, W, in) -> (B, 2H, 2W, out)
+    def __call__(self, x: Float[Array, "b h w in"]) -> Float[Array, "b 2*h 2*w out"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 2, self.in_features, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         b, h, w, c = x.shape
@@ -149,7 +146,7 @@ def layer_norm(eps: float = 1e-6) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=eps, use_fast_variance=False)
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Exact (erf) GELU, as SAM was trained with."""
     return nn.gelu(x, approximate=False)
 
@@ -159,13 +156,13 @@ class MLPBlock(nn.Module):
 
     embedding_dim: int
     mlp_dim: int
-    act: Callable[[jax.Array], jax.Array] = gelu
+    act: Callable[[Array], Array] = gelu
 
     def setup(self) -> None:
         self.lin1 = Linear(self.embedding_dim, self.mlp_dim)
         self.lin2 = Linear(self.mlp_dim, self.embedding_dim)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # (..., D) -> (..., D)
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         return self.lin2(self.act(self.lin1(x)))
 
 
@@ -181,7 +178,7 @@ class MLP(nn.Module):
         dims = [self.input_dim] + [self.hidden_dim] * (self.num_layers - 1) + [self.output_dim]
         self.layers = [Linear(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True)]
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # (..., input_dim) -> (..., output_dim)
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         for layer in self.layers[:-1]:
             x = nn.relu(layer(x))
         return self.layers[-1](x)

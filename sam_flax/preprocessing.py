@@ -4,14 +4,17 @@ Source: segment_anything/utils/transforms.py (ResizeLongestSide) and modeling/sa
 postprocess_masks). All host-side NumPy: pictures come in any size, and none should trigger a compilation.
 """
 
+from typing import Any
+
 import numpy as np
+from jaxtyping import Float, Float32, Int64, Real, UInt8
 from PIL import Image
 
 from sam_flax.config import SamConfig
 from sam_flax.errors import InputError
 
 
-def check_image(image: np.ndarray) -> np.ndarray:
+def check_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
     """Returns `image` if it is an (H, W, 3) uint8 array.
 
     Raises:
@@ -35,14 +38,16 @@ def preprocess_shape(height: int, width: int, long_side: int) -> tuple[int, int]
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def resize_image(image: np.ndarray, long_side: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (h, w, 3) uint8 with the longer side `long_side`, antialiased bilinear."""
+def resize_image(image: UInt8[np.ndarray, "h w 3"], long_side: int) -> UInt8[np.ndarray, "new_h new_w 3"]:
+    """The image with the longer side `long_side`, antialiased bilinear."""
     height, width = preprocess_shape(image.shape[0], image.shape[1], long_side)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def normalize_and_pad(image: np.ndarray, config: SamConfig) -> np.ndarray:
-    """Resized (h, w, 3) -> normalised float32 (S, S, 3), zeros at the right and bottom."""
+def normalize_and_pad(
+    image: UInt8[np.ndarray, "h w 3"], config: SamConfig
+) -> Float32[np.ndarray, "{config.img_size} {config.img_size} 3"]:
+    """A resized image -> the canvas: normalised, zeros at the right and bottom."""
     mean = np.array(config.pixel_mean, np.float32)
     std = np.array(config.pixel_std, np.float32)
     size = config.img_size
@@ -52,35 +57,43 @@ def normalize_and_pad(image: np.ndarray, config: SamConfig) -> np.ndarray:
     return canvas
 
 
-def prepare_image(image: np.ndarray, config: SamConfig) -> tuple[np.ndarray, tuple[int, int]]:
-    """A user's image -> the encoder's input (S, S, 3) and the (height, width) it occupies there."""
+def prepare_image(
+    image: Any, config: SamConfig
+) -> tuple[Float32[np.ndarray, "{config.img_size} {config.img_size} 3"], tuple[int, int]]:
+    """A user's image -> the encoder's input and the (height, width) it occupies there."""
     resized = resize_image(check_image(image), config.img_size)
     return normalize_and_pad(resized, config), (resized.shape[0], resized.shape[1])
 
 
-def apply_coords(coords: np.ndarray, original_size: tuple[int, int], long_side: int) -> np.ndarray:
-    """(..., 2) x, y pixels of the original image -> pixels of the canvas, float32."""
+def apply_coords(
+    coords: Real[np.ndarray, "*shape 2"], original_size: tuple[int, int], long_side: int
+) -> Float32[np.ndarray, "*shape 2"]:
+    """x, y in pixels of the original image -> pixels of the canvas."""
     height, width = original_size
     new_height, new_width = preprocess_shape(height, width, long_side)
     scale = np.array([new_width / width, new_height / height])
     return (np.asarray(coords, np.float64) * scale).astype(np.float32)
 
 
-def apply_boxes(boxes: np.ndarray, original_size: tuple[int, int], long_side: int) -> np.ndarray:
-    """(..., 4) x0, y0, x1, y1 of the original image -> the canvas, float32."""
+def apply_boxes(
+    boxes: Real[np.ndarray, "*shape 4"], original_size: tuple[int, int], long_side: int
+) -> Float32[np.ndarray, "*shape 4"]:
+    """x0, y0, x1, y1 in pixels of the original image -> pixels of the canvas."""
     boxes = np.asarray(boxes)
     corners = apply_coords(boxes.reshape(*boxes.shape[:-1], 2, 2), original_size, long_side)
     return corners.reshape(boxes.shape)
 
 
-def interpolation_weights(new: int, old: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def interpolation_weights(
+    new: int, old: int
+) -> tuple[Int64[np.ndarray, " {new}"], Int64[np.ndarray, " {new}"], Float32[np.ndarray, " {new}"]]:
     """Bilinear resampling of `old` values to `new` ones, with half-pixel centres and clamped edges.
 
     The same weights as `torch.nn.functional.interpolate(mode="linear" or "bilinear", align_corners=False)`.
 
     Returns:
-        For each new value the two old ones (new,) and (new,) int64 that it lies between, and how far it is on the way
-        from the first to the second, (new,) float32 in 0..1.
+        For each new value the two old ones that it lies between, and how far it is on the way from the first to the
+        second, 0..1.
     """
     source = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0.0)
     low = np.minimum(source.astype(np.int64), old - 1)
@@ -88,8 +101,8 @@ def interpolation_weights(new: int, old: int) -> tuple[np.ndarray, np.ndarray, n
     return low, high, (source - low).astype(np.float32)
 
 
-def interpolation_matrix(new: int, old: int) -> np.ndarray:
-    """(new, old) float32 matrix of the resampling by `interpolation_weights`."""
+def interpolation_matrix(new: int, old: int) -> Float32[np.ndarray, "{new} {old}"]:
+    """The matrix of the resampling by `interpolation_weights`."""
     low, high, fraction = interpolation_weights(new, old)
     matrix = np.zeros((new, old), np.float32)
     rows = np.arange(new)
@@ -98,8 +111,8 @@ def interpolation_matrix(new: int, old: int) -> np.ndarray:
     return matrix
 
 
-def resample(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 values resampled along every axis where `shape` differs from theirs, by `interpolation_weights`."""
+def resample(values: Float32[np.ndarray, "..."], shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+    """Values resampled along every axis where `shape` differs from theirs, by `interpolation_weights`."""
     for axis, (old, new) in enumerate(zip(values.shape, shape, strict=True)):
         if old != new:
             low, high, fraction = interpolation_weights(new, old)
@@ -109,9 +122,12 @@ def resample(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def postprocess_masks(
-    low_res: np.ndarray, input_size: tuple[int, int], original_size: tuple[int, int], img_size: int
-) -> np.ndarray:
-    """Low-resolution logits (..., 4g, 4g) -> logits at the original size (..., H, W), float32.
+    low_res: Float[np.ndarray, "*masks side side"],
+    input_size: tuple[int, int],
+    original_size: tuple[int, int],
+    img_size: int,
+) -> Float32[np.ndarray, "*masks {original_size[0]} {original_size[1]}"]:
+    """Low-resolution logits -> logits at the original size.
 
     Up to the canvas, cut to the part the image occupies, then to the original size: each step is linear in
     rows and columns, so the two resamplings of each axis are one matrix.

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+
+# Shapes and types in the signatures of these modules are checked whenever tests run. The others take what users give,
+# and check it themselves. The hook stands before the imports that it is for.
+CHECKED = ("layers", "sam", "encoders", "heads", "preprocessing")
+jaxtyping.install_import_hook([f"sam_flax.{name}" for name in CHECKED], "beartype.beartype")
 
 from sam_flax import SamConfig
 from sam_flax.encoders import vit

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Real
 
 from sam_flax.config import SamConfig
 from sam_flax.layers import Conv, Linear, MLPBlock, PatchConv, Site, layer_norm
@@ -19,17 +20,17 @@ QUERY_CHUNK = 256
 
 
 def split_heads(
-    qkv: jax.Array, bias: jax.Array, window: tuple[int, int], heads: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Products of the qkv projection (B, H, W, 3*D) -> three (B*windows*heads, h*w, D/heads), the bias (3*D,) added.
+    qkv: Float[Array, "b h w qkv"], bias: Float[Array, " qkv"], window: tuple[int, int], heads: int
+) -> tuple[Float[Array, "g n head"], Float[Array, "g n head"], Float[Array, "g n head"]]:
+    """Products of the qkv projection -> queries, keys and values, with g = b * windows * heads, the bias added.
 
-    Windows of (h, w) tokens, zero-padded before the bias; each of the three in one transposition.
+    Windows of n = height * width tokens, zero-padded before the bias; each of the three in one transposition.
     """
     b, height, width, _ = qkv.shape
     h, w = window
     rows, cols = -(-height // h), -(-width // w)
 
-    def split(part: jax.Array, bias: jax.Array) -> jax.Array:
+    def split(part: Array, bias: Array) -> Array:
         part = jnp.pad(part, ((0, 0), (0, -height % h), (0, -width % w), (0, 0)))
         part = part.reshape(b, rows, h, cols, w, heads, -1).transpose(0, 1, 3, 5, 2, 4, 6)
         return (part + bias.reshape(heads, 1, 1, -1)).reshape(b * rows * cols * heads, h * w, -1)
@@ -38,8 +39,10 @@ def split_heads(
     return q, k, v
 
 
-def window_unpartition(windows: jax.Array, hw: tuple[int, int]) -> jax.Array:
-    """Windows (B*windows, h, w, C) in rows -> (B, H, W, C) with their padding cut."""
+def window_unpartition(
+    windows: Float[Array, "windows height width c"], hw: tuple[int, int]
+) -> Float[Array, "b {hw[0]} {hw[1]} c"]:
+    """Windows in rows -> the grids that they cover, with their padding cut."""
     _, height, width, c = windows.shape
     h, w = hw
     rows, cols = -(-h // height), -(-w // width)
@@ -47,17 +50,14 @@ def window_unpartition(windows: jax.Array, hw: tuple[int, int]) -> jax.Array:
     return x.reshape(-1, rows * height, cols * width, c)[:, :h, :w]
 
 
-def relative_scores(q: jax.Array, table: jax.Array) -> jax.Array:
+def relative_scores(q: Float[Array, "*batch n c"], table: Float[Array, "positions c"]) -> Float[Array, "*batch n n"]:
     """Products of queries with the relative positions of all keys on their line.
 
     One product with the table and a shift: a matrix of positions for every query would make small, slow products.
 
     Args:
-        q: (..., n, C) queries of lines of n tokens.
-        table: (2*n-1, C); entry i - j + n - 1 belongs to query i and key j.
-
-    Returns:
-        (..., n, n).
+        q: queries of lines of n tokens.
+        table: 2 * n - 1 positions; entry i - j + n - 1 belongs to query i and key j.
 
     Raises:
         ValueError: if the table is for another n.
@@ -75,26 +75,33 @@ def relative_scores(q: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def relative_biases(
-    q: jax.Array, table_h: jax.Array, table_w: jax.Array, hw: tuple[int, int]
-) -> tuple[jax.Array, jax.Array]:
-    """Biases of queries (G, H*W, C) on the rows and columns of keys: (G, H*W, H), (G, H*W, W)."""
+    q: Float[Array, "g n c"], table_h: Float[Array, "_ c"], table_w: Float[Array, "_ c"], hw: tuple[int, int]
+) -> tuple[Float[Array, "g n {hw[0]}"], Float[Array, "g n {hw[1]}"]]:
+    """Biases of queries, n = height * width of them, on the rows and on the columns of keys."""
     groups, n, _ = q.shape
     grid = q.reshape(groups, *hw, -1)
     bias_h = relative_scores(grid.swapaxes(1, 2), table_h).swapaxes(1, 2)
     return bias_h.reshape(groups, n, -1), relative_scores(grid, table_w).reshape(groups, n, -1)
 
 
-def attention_probabilities(q: jax.Array, k: jax.Array, bias_h: jax.Array, bias_w: jax.Array) -> jax.Array:
-    """Softmax over the keys for any subset of queries.
-
-    Shapes as in `attention`: (..., M, d), (..., N, d), (..., M, H), (..., M, W) -> (..., M, N).
-    """
+def attention_probabilities(
+    q: Float[Array, "*g m d"],
+    k: Float[Array, "*g n d"],
+    bias_h: Float[Array, "*g m h"],
+    bias_w: Float[Array, "*g m w"],
+) -> Float[Array, "*g m n"]:
+    """Softmax over all keys, n = h * w of them, for any m of the queries; operands as in `attention`."""
     weights, total = attention_weights(q, k, bias_h, bias_w)
     return weights / total
 
 
-def attention_weights(q: jax.Array, k: jax.Array, bias_h: jax.Array, bias_w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`attention_probabilities` before their division: (..., M, N), and what to divide by, (..., M, 1)."""
+def attention_weights(
+    q: Float[Array, "*g m d"],
+    k: Float[Array, "*g n d"],
+    bias_h: Float[Array, "*g m h"],
+    bias_w: Float[Array, "*g m w"],
+) -> tuple[Float[Array, "*g m n"], Float[Array, "*g m 1"]]:
+    """`attention_probabilities` before their division, and what to divide by."""
     scores = q @ jnp.swapaxes(k, -1, -2)
     grid = scores.reshape(*scores.shape[:-1], bias_h.shape[-1], bias_w.shape[-1])
     grid = grid + bias_h[..., :, None] + bias_w[..., None, :]
@@ -106,29 +113,26 @@ def attention_weights(q: jax.Array, k: jax.Array, bias_h: jax.Array, bias_w: jax
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    bias_h: jax.Array,
-    bias_w: jax.Array,
-    softmax_site: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+    q: Float[Array, "g n d"],
+    k: Float[Array, "g n d"],
+    v: Float[Array, "g n d"],
+    bias_h: Float[Array, "g n h"],
+    bias_w: Float[Array, "g n w"],
+    softmax_site: Callable[[Array], Array],
+) -> Float[Array, "g n d"]:
     """Softmax attention with a decomposed relative-position bias, in bounded memory.
 
     Args:
-        q: (G, N, d) queries, already scaled; G counts batch and heads, N = H*W tokens.
-        k: (G, N, d).
-        v: (G, N, d).
-        bias_h: (G, N, H) bias of each query on each key row.
-        bias_w: (G, N, W) bias of each query on each key column.
-        softmax_site: called on attention probabilities (..., N); where it gives back the very array that it was
+        q: queries, already scaled; g counts batch and heads, n = h * w tokens.
+        k: keys.
+        v: values.
+        bias_h: bias of each query on each row of keys.
+        bias_w: bias of each query on each column of keys.
+        softmax_site: called on attention probabilities (..., n); where it gives back the very array that it was
             given, values are weighted first and divided after.
-
-    Returns:
-        (G, N, d).
     """
 
-    def attend(part: tuple[jax.Array, ...]) -> jax.Array:
+    def attend(part: tuple[Array, ...]) -> Array:
         q, k, v, bh, bw = part
         weights, total = attention_weights(q, k, bh, bw)
         probabilities = weights / total
@@ -141,21 +145,21 @@ def attention(
 
 
 def attend_in_parts(
-    attend: Callable[[tuple[jax.Array, ...]], Any],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    bias_h: jax.Array,
-    bias_w: jax.Array,
+    attend: Callable[[tuple[Array, ...]], Any],
+    q: Real[Array, "g n d"],
+    k: Real[Array, "g n d"],
+    v: Real[Array, "g n d"],
+    bias_h: Real[Array, "g n h"],
+    bias_w: Real[Array, "g n w"],
 ) -> Any:
     """`attend` on all of its operands, shaped as in `attention`, in parts where the map would be large.
 
     Args:
-        attend: operands of some of the G, and of some of their queries, (..., M, d) and so on, to arrays (..., M, any).
+        attend: operands of some of the g, and of some of their queries, (..., m, d) and so on, to arrays (..., m, any).
         q, k, v, bias_h, bias_w: as in `attention`.
 
     Returns:
-        What `attend` returns on (G, N, d).
+        What `attend` returns on all.
     """
     groups, n, _ = q.shape
     one_map = n * n * q.dtype.itemsize
@@ -167,14 +171,14 @@ def attend_in_parts(
     attend_part = attend if groups * one_map <= MAX_ATTENTION_BYTES else jax.checkpoint(attend)
     together = max(g for g in range(1, groups + 1) if groups % g == 0 and (g == 1 or g * one_map <= part))
     if together > 1 or one_map <= part:
-        parts = [a.reshape(groups // together, together, *a.shape[1:]) for a in (q, k, v, bias_h, bias_w)]
+        parts = tuple(a.reshape(groups // together, together, *a.shape[1:]) for a in (q, k, v, bias_h, bias_w))
         return jax.tree.map(lambda a: a.reshape(groups, n, -1), jax.lax.map(attend_part, parts))
 
     # One head's map. Where its queries fall into no whole chunks, it is made at once as long as it may be.
     chunk = QUERY_CHUNK if n % QUERY_CHUNK == 0 or one_map > MAX_ATTENTION_BYTES else n
     whole_chunks = n - n % chunk
 
-    def one_head(head: tuple[jax.Array, ...]) -> Any:
+    def one_head(head: tuple[Array, ...]) -> Any:
         q, k, v, bh, bw = head
         chunks = [a[:whole_chunks].reshape(-1, chunk, a.shape[-1]) for a in (q, bh, bw)]
         out = jax.lax.map(lambda c: attend_part((c[0], k, v, c[1], c[2])), chunks)
@@ -213,7 +217,7 @@ class Attention(nn.Module):
         # Sees everything that makes the attention map, which itself may never exist whole.
         self.operands = Site()
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # (B, H, W, D) -> (B, H, W, D)
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
         grid = (x.shape[1], x.shape[2])
         # The padding of windows is zeros before the projection: what comes of it is the bias alone.
         h, w = (self.size, self.size) if self.windowed else grid
@@ -240,13 +244,15 @@ class Block(nn.Module):
         self.attn = Attention(self.dim, self.num_heads, self.window or self.grid, windowed=self.window > 0)
         self.mlp = MLPBlock(self.dim, self.mlp_dim)
 
-    def attention_part(self, x: jax.Array) -> jax.Array:  # (B, H, W, D) -> (B, H, W, D), residual included
+    def attention_part(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        """The first half, residual included."""
         return x + self.attn(self.norm1(x))
 
-    def mlp_part(self, x: jax.Array) -> jax.Array:  # (B, H, W, D) -> (B, H, W, D), residual included
+    def mlp_part(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        """The second half, residual included."""
         return x + self.mlp(self.norm2(x))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
         return self.mlp_part(self.attention_part(x))
 
 
@@ -259,7 +265,7 @@ class PatchEmbed(nn.Module):
     def setup(self) -> None:
         self.proj = PatchConv(3, self.embed_dim, self.patch_size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # (B, S, S, 3) -> (B, g, g, D)
+    def __call__(self, x: Float[Array, "b s s 3"]) -> Float[Array, "b g g {self.embed_dim}"]:
         return self.proj(x)
 
 
@@ -273,7 +279,7 @@ class Neck(nn.Module):
         self.conv1, self.norm1 = Conv(self.embed_dim, self.out_chans, 1), layer_norm()
         self.conv2, self.norm2 = Conv(self.out_chans, self.out_chans, 3), layer_norm()
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # (B, g, g, D) -> (B, g, g, C)
+    def __call__(self, x: Float[Array, "b g g d"]) -> Float[Array, "b g g {self.out_chans}"]:
         return self.norm2(self.conv2(self.norm1(self.conv1(x))))
 
 
@@ -301,7 +307,7 @@ class ImageEncoderViT(nn.Module):
         self.blocks = [make_block(c, i) for i in range(c.depth)]
         self.neck = Neck(c.embed_dim, c.out_chans)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # (B, S, S, 3) -> (B, g, g, C)
+    def __call__(self, x: Float[Array, "b s s 3"]) -> Float[Array, "b g g {self.config.out_chans}"]:
         x = self.patch_embed(x) + self.pos_embed
         for block in self.blocks:
             x = block(x)

@@ -1,8 +1,8 @@
 """The two-way transformer and the mask decoder (modeling/transformer.py, modeling/mask_decoder.py)."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from sam_flax.config import SamConfig
 from sam_flax.layers import MLP, Linear, MLPBlock, Site, UpConv, gelu, layer_norm
@@ -22,11 +22,12 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.softmax = Site(), Site(), Site(), Site()
         self.operands = Site()
 
-    def separate_heads(self, x: jax.Array) -> jax.Array:  # (N, T, C) -> (N, heads, T, C/heads)
+    def separate_heads(self, x: Float[Array, "n t c"]) -> Float[Array, "n {self.num_heads} t c//{self.num_heads}"]:
         return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        # q (N, Tq, C), k and v (N, Tk, C) -> (N, Tq, C)
+    def __call__(
+        self, q: Float[Array, "n queries c"], k: Float[Array, "n keys c"], v: Float[Array, "n keys c"]
+    ) -> Float[Array, "n queries c"]:
         q = self.q(self.separate_heads(self.q_proj(q)))
         k = self.k(self.separate_heads(self.k_proj(k)))
         v = self.v(self.separate_heads(self.v_proj(v)))
@@ -53,9 +54,12 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm1, self.norm2, self.norm3, self.norm4 = (layer_norm(1e-5) for _ in range(4))
 
     def __call__(
-        self, queries: jax.Array, keys: jax.Array, query_pe: jax.Array, key_pe: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        # queries (N, T, C), keys (N, HW, C); the positional encodings have the same shapes
+        self,
+        queries: Float[Array, "n t c"],
+        keys: Float[Array, "n hw c"],
+        query_pe: Float[Array, "n t c"],
+        key_pe: Float[Array, "n hw c"],
+    ) -> tuple[Float[Array, "n t c"], Float[Array, "n hw c"]]:
         if self.skip_first_layer_pe:
             queries = self.self_attn(queries, queries, queries)
         else:
@@ -86,8 +90,9 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = Attention(self.embedding_dim, self.num_heads, downsample_rate=2)
         self.norm_final_attn = layer_norm(1e-5)
 
-    def __call__(self, image: jax.Array, image_pe: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # image and image_pe (N, HW, C), tokens (N, T, C)
+    def __call__(
+        self, image: Float[Array, "n hw c"], image_pe: Float[Array, "n hw c"], tokens: Float[Array, "n t c"]
+    ) -> tuple[Float[Array, "n t c"], Float[Array, "n hw c"]]:
         queries, keys = tokens, image
         for layer in self.layers:
             queries, keys = layer(queries, keys, tokens, image_pe)
@@ -104,7 +109,7 @@ class OutputUpscaling(nn.Module):
         self.conv1, self.norm1 = UpConv(self.dim, self.dim // 4), layer_norm()
         self.conv2 = UpConv(self.dim // 4, self.dim // 8)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # (N, g, g, C) -> (N, 4g, 4g, C/8)
+    def __call__(self, x: Float[Array, "n g g c"]) -> Float[Array, "n 4*g 4*g c//8"]:
         return gelu(self.conv2(gelu(self.norm1(self.conv1(x)))))
 
 
@@ -126,21 +131,21 @@ class MaskDecoder(nn.Module):
 
     def __call__(
         self,
-        image_embeddings: jax.Array,
-        image_pe: jax.Array,
-        sparse: jax.Array,
-        dense: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+        image_embeddings: Float[Array, "images g g c"],
+        image_pe: Float[Array, "1 g g c"],
+        sparse: Float[Array, "n t c"],
+        dense: Float[Array, "n g g c"],
+    ) -> tuple[Float[Array, "n masks 4*g 4*g"], Float[Array, "n masks"]]:
         """All masks of N prompts, the single-mask output first.
 
         Args:
-            image_embeddings: (1 or N, g, g, C).
-            image_pe: (1, g, g, C).
-            sparse: (N, T, C).
-            dense: (N, g, g, C).
+            image_embeddings: one for all prompts, or one for each.
+            image_pe: positional encoding of the image's tokens.
+            sparse: embeddings of points and boxes, t tokens for each prompt.
+            dense: embeddings of mask prompts.
 
         Returns:
-            logits (N, 1 + multimask, 4g, 4g) and predicted IoU (N, 1 + multimask).
+            Logits and predicted IoU of 1 + `num_multimask_outputs` masks.
         """
         n, g, _, dim = dense.shape
         outputs = jnp.concatenate([self.iou_token, self.mask_tokens])
