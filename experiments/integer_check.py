@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import ahcptq_jax
 from ahcptq_jax import Quantized
-from ahcptq_jax.api import quantize_model
+from ahcptq_jax.api import quantize
 from ahcptq_jax.flags import define_flags, values
 from ahcptq_jax.runtime.integer import integer_model
 from experiments import coco
@@ -93,7 +93,7 @@ def model_to_check(options: Options, random: str) -> Quantized:
         sam = Sam(CONFIGS[random])
         return random_quantized(sam.config, sam.init_params(jax.random.key(options.seed)))
     sam, params = load_sam(options.checkpoint)
-    return quantize_model(sam, params, calibration_set(options, sam.config), options.quant_config(), progress=True)
+    return quantize(params, calibration_set(options, sam.config), options.quant_config(), sam=sam)
 
 
 def check(quantized: Quantized, options: Options, plain: bool = True) -> Counts:

@@ -253,23 +253,24 @@ def _options(setting: Setting, base: Options, seed: int, out: Path) -> Options:
 
 
 def _write_tables(out: Path, settings: list[Setting], rows: dict[str, list[Row]], found: list[records.Record]) -> str:
-    text = "\n".join([*_code_lines(found), table(rows), table_by_bits(settings, rows)])
+    text = "\n".join([*_caption(found), "", table(rows), table_by_bits(settings, rows)])
     write_file(out / "table.md", text)
     write_file(out / "table.csv", table_csv(rows))
     write_file(out / "table.png", draw(rows))
     return text
 
 
-def _code_lines(found: list[records.Record]) -> list[str]:
-    """A line about rows that other code than this has made, if there are any, and an empty one."""
+def _caption(found: list[records.Record]) -> list[str]:
+    """The protocol of all rows, and a line about rows that other code than this has made, if there are any."""
+    lines = list(dict.fromkeys(Options(**record["config"]).protocol().describe() for record in found))
     stale = [record for record in found if records.is_stale(record)]
     if not stale:
-        return []
+        return lines
     versions = sorted({record.get("code") or "an earlier version" for record in stale})
     return [
+        *lines,
         f"rows of other code: {len(stale)} of {len(found)} (made by {', '.join(versions)}; this is {code_version()}); "
         "--stale=repeat makes them anew.",
-        "",
     ]
 
 

@@ -2,7 +2,7 @@
 
 Images stream through the predictor once: one image embedding, all its box prompts in a few batches, masks kept as run
 lengths at the original size, from which every score is computed (COCO segm AP by pycocotools, mIoU, agreement of two
-models). The score of a mask is its box's score times the predicted IoU, as in AHCPTQ's evaluation.
+models). How the model is prompted, which mask counts and what ranks masks is the protocol (`experiments.job.protocol`).
 """
 
 from experiments.evaluate.baselines import ShapePredictor as ShapePredictor

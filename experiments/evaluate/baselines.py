@@ -1,19 +1,24 @@
 """What boxes alone give: shapes drawn into them, by predictors that never look at the image."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
 from experiments.coco import BoxSet, CocoDataset
 from experiments.evaluate.run import evaluate
+from experiments.job.protocol import AHCPTQ_PROTOCOL, EvaluationProtocol
 
 
-def evaluate_baselines(dataset: CocoDataset, boxes: BoxSet) -> dict[str, dict[str, float | None]]:
-    """Metrics of the filled box and of the inscribed ellipse, which need no model."""
+def evaluate_baselines(
+    dataset: CocoDataset, boxes: BoxSet, protocol: EvaluationProtocol = AHCPTQ_PROTOCOL
+) -> dict[str, dict[str, float | None]]:
+    """Metrics of the filled box and of the inscribed ellipse, which need no model; of the protocol, they are ranked."""
+    shown = dataclasses.replace(protocol, multimask="single", prompt="box")
     shapes = {"filled_box": filled_box, "inscribed_ellipse": inscribed_ellipse}
     # Images are not looked at, so blank ones spare the reading.
     return {
-        name: dict(evaluate(ShapePredictor(shape), dataset, boxes, blank=True, progress=None).metrics)
+        name: dict(evaluate(ShapePredictor(shape), dataset, boxes, blank=True, progress=None, protocol=shown).metrics)
         for name, shape in shapes.items()
     }
 
@@ -29,9 +34,17 @@ class ShapePredictor:
         """Remembers the image's size."""
         self._size = (image.shape[0], image.shape[1])
 
-    def predict_batch(self, *, boxes: np.ndarray, multimask_output: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def predict_batch(
+        self,
+        boxes: np.ndarray | None = None,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        *,
+        multimask_output: bool,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Masks (N, 1, H, W), IoU (N, 1), and no logits (N, 1, 0, 0)."""
-        del multimask_output
+        del point_coords, point_labels, multimask_output
+        assert boxes is not None, "shapes are drawn into boxes"
         masks = self._shape(boxes, *self._size)[:, None]
         return masks, np.ones((len(boxes), 1)), np.zeros((len(boxes), 1, 0, 0))
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.coco import BoxSet, CocoDataset, ImageItem
 from experiments.evaluate.predictions import ImageResult
+from experiments.job.protocol import AHCPTQ_PROTOCOL, EvaluationProtocol
 from experiments.job.results import write_file
 from sam_flax.errors import InputError
 from sam_flax.files.writing import unwritable
@@ -20,7 +21,13 @@ FORMAT = 1
 
 
 def resume(
-    path: Path, dataset: CocoDataset, boxes: BoxSet, blank: bool, model_fingerprint: str, code: str
+    path: Path,
+    dataset: CocoDataset,
+    boxes: BoxSet,
+    blank: bool,
+    model_fingerprint: str,
+    code: str,
+    protocol: EvaluationProtocol = AHCPTQ_PROTOCOL,
 ) -> dict[int, ImageResult]:
     """Reads the finished images of an interrupted run, or starts the file.
 
@@ -34,6 +41,7 @@ def resume(
         blank: whether images are replaced by blank ones.
         model_fingerprint: identifies the model and its quantization.
         code: version of the code that predicts.
+        protocol: how the model is prompted and which of its masks counts; what ranks them is worked out later.
 
     Raises:
         InputError: if the file belongs to another evaluation or is damaged elsewhere than at its end.
@@ -47,6 +55,7 @@ def resume(
         "dataset": dataset.fingerprint,
         "boxes": boxes.fingerprint,
         "blank": blank,
+        "masks": f"{protocol.multimask} {protocol.prompt}",
         "code": code,
     }
     if not path.exists() or path.stat().st_size == 0:

@@ -19,33 +19,42 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mIoU")
 _MATCH_IOU = 0.5
 
 
-def coco_results(boxes: BoxSet, results: Mapping[int, ImageResult]) -> list[dict[str, Any]]:
-    """The predictions in COCO's results format; the score is box score times predicted IoU."""
+def coco_results(boxes: BoxSet, results: Mapping[int, ImageResult], score: str = "product") -> list[dict[str, Any]]:
+    """The predictions in COCO's results format, scored as `EvaluationProtocol.score` has it."""
     entries = []
     for image_id, result in results.items():
         prompts = boxes.per_image[image_id]
-        scores = prompts.scores * result.predicted_iou
-        for rle, score, category in zip(result.rles, scores, prompts.category_ids, strict=True):
+        scores = {
+            "detector": prompts.scores,
+            "iou": result.predicted_iou,
+            "product": prompts.scores * result.predicted_iou,
+        }[score]
+        for rle, value, category in zip(result.rles, scores, prompts.category_ids, strict=True):
             entries.append(
                 {
                     "image_id": image_id,
                     "category_id": int(category),
                     "segmentation": rle,
-                    "score": float(score),
+                    "score": float(value),
                 }
             )
     return entries
 
 
 def average_precision(
-    dataset: CocoDataset, boxes: BoxSet, results: Mapping[int, ImageResult], *, use_categories: bool = True
+    dataset: CocoDataset,
+    boxes: BoxSet,
+    results: Mapping[int, ImageResult],
+    *,
+    use_categories: bool = True,
+    score: str = "product",
 ) -> dict[str, float | None]:
     """COCO segm `AP AP50 AP75 APs APm APl` in percent, on the images of the dataset.
 
     A size class without ground truth has no AP (None). As in COCO, at most 100 masks per image and category
     count.
     """
-    predictions = coco_results(boxes, results)
+    predictions = coco_results(boxes, results, score)
     for number, entry in enumerate(predictions, 1):
         entry |= {"id": number, "iscrowd": 0, "area": float(mask_utils.area(entry["segmentation"]))}
         entry["bbox"] = mask_utils.toBbox(entry["segmentation"]).tolist()

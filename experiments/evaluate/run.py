@@ -16,6 +16,7 @@ from experiments.evaluate import journal
 from experiments.evaluate.metrics import average_precision, mean_iou
 from experiments.evaluate.predictions import CHUNK_SIZES, ImageResult, Predictor, predict_images
 from experiments.job import devices
+from experiments.job.protocol import AHCPTQ_PROTOCOL, EvaluationProtocol
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ def evaluate(
     partial_results: str | os.PathLike[str] | None = None,
     model_fingerprint: str = "",
     code: str = "",
+    protocol: EvaluationProtocol = AHCPTQ_PROTOCOL,
     progress: str | None = "evaluate",
 ) -> EvaluationResult:
     """Predicts one mask per box and scores the masks.
@@ -65,6 +67,7 @@ def evaluate(
         from there.
       model_fingerprint: identifies the model and its quantization in `partial_results`.
       code: version of the code; partial results of another one are not taken over.
+      protocol: how the model is prompted, which mask counts and what ranks masks.
       progress: label of the progress bar on stderr; None for no bar.
 
     Raises:
@@ -76,7 +79,7 @@ def evaluate(
     if any(item.image_id not in boxes.per_image for item in dataset.items):
         raise ValueError(f"The boxes of {boxes.source} were not made for {dataset.source}: load them for this dataset.")
     path = None if partial_results is None else Path(partial_results)
-    done = {} if path is None else journal.resume(path, dataset, boxes, blank, model_fingerprint, code)
+    done = {} if path is None else journal.resume(path, dataset, boxes, blank, model_fingerprint, code, protocol)
     copies = list(predictor) if isinstance(predictor, Sequence) else [predictor]
     parts = [list(dataset.items)]
     if isinstance(predictor, Sequence):
@@ -84,7 +87,7 @@ def evaluate(
     resumed = sum(item.image_id in done for part in parts for item in part)
 
     def predict(copy: Predictor, items: Sequence[ImageItem]) -> Generator[ImageResult]:
-        return predict_images(copy, dataset, boxes, items, blank, chunk_sizes)
+        return predict_images(copy, dataset, boxes, items, blank, chunk_sizes, protocol)
 
     results = done | _predict_parts(predict, copies, parts, done, path, progress)
     if isinstance(predictor, Sequence):
@@ -93,7 +96,8 @@ def evaluate(
         )
         results = {item.image_id: journal.from_record(found[item.image_id], item) for item in dataset.items}
     results = {item.image_id: results[item.image_id] for item in dataset.items}
-    metrics: dict[str, float | None] = dict(average_precision(dataset, boxes, results, use_categories=use_categories))
+    precision = average_precision(dataset, boxes, results, use_categories=use_categories, score=protocol.score)
+    metrics: dict[str, float | None] = dict(precision)
     metrics["mIoU"], note = mean_iou(dataset, boxes, results, use_categories=use_categories)
     return EvaluationResult(metrics, results, time.perf_counter() - start, resumed, note)
 

@@ -9,6 +9,7 @@ from ahcptq_jax.config import METHODS, QuantConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
 from ahcptq_jax.reconstruction.learning import ReconstructionConfig
 from ahcptq_jax.settings import Check, Setting, at_least, between, check_settings, setting, settings_of
+from experiments.job.protocol import EvaluationProtocol
 from sam_flax.errors import InputError
 from sam_flax.files.writing import printable_path
 from sam_flax.sam import Precision
@@ -76,11 +77,11 @@ _COUNT = at_least(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(_Overrides):
+class Options(EvaluationProtocol, _Overrides):
     """One run of `experiments.main`; the fields are its flags, and `--help` says what each is.
 
     To them come all settings of `QuantConfig` and `ReconstructionConfig` that a run may override, by the same names;
-    None leaves the value to the method.
+    None leaves the value to the method. The evaluation's protocol is among them, too.
 
     Raises:
         InputError: if a value is none of its setting, or two contradict each other.
@@ -203,6 +204,10 @@ class Options(_Overrides):
         """`pixel_mean` and `pixel_std` as numbers, those that are given."""
         texts = {"pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std}
         return {name: tuple(map(float, text.split(","))) for name, text in texts.items() if text is not None}
+
+    def protocol(self) -> EvaluationProtocol:
+        """How masks are asked for and ranked."""
+        return EvaluationProtocol(**self.as_dict())
 
     def model_name(self) -> str:
         """What is quantized, for titles and tables."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import ahcptq_jax
-from ahcptq_jax.api import quantize_model, quantize_reconstructed
+from ahcptq_jax.api import quantize
 from ahcptq_jax.calibration import saved_state
 from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.flags import as_lines
@@ -86,7 +86,8 @@ class Run:
         """Evaluates a model; `identity` tells it from all others."""
         dataset, boxes = self.inputs.dataset, self.inputs.boxes
         # The name tells everything apart, so that another run into the same folder starts its own file.
-        where = _short(f"{identity} {dataset.fingerprint} {boxes.fingerprint}")
+        protocol = self.options.protocol()
+        where = _short(f"{identity} {dataset.fingerprint} {boxes.fingerprint} {protocol.multimask} {protocol.prompt}")
         file = self.journal / f"{name}-{'blank' if blank else 'real'}-{where}.jsonl"
         self.partial.append(file)
         return evaluate.evaluate(
@@ -97,6 +98,7 @@ class Run:
             partial_results=file,
             model_fingerprint=identity,
             code=code_version(),
+            protocol=protocol,
             progress=f"evaluate {name}{' (blank images)' if blank else ''}" if self.stages.bars else None,
         )
 
@@ -174,9 +176,10 @@ def _scores(run: Run) -> dict[str, Any]:
     if options.blank:
         with stages.stage("evaluate_blank"):
             results["fp_blank"] = dict(run.score("fp", model, identity, blank=True).metrics)
-    results["baselines"] = evaluate.evaluate_baselines(inputs.dataset, inputs.boxes)
+    results["baselines"] = evaluate.evaluate_baselines(inputs.dataset, inputs.boxes, options.protocol())
     results["seconds"] = {name: round(value, 2) for name, value in stages.seconds.items()}
     results["mIoU_note"] = fp.miou_note
+    results["protocol"] = options.protocol().as_dict() | {"sentence": options.protocol().describe()}
     results["versions"] = {"ahcptq_jax": ahcptq_jax.__version__, "jax": jax.__version__, "numpy": np.__version__}
     results["code"] = code_version()
     return results
@@ -211,20 +214,17 @@ def _quantize(run: Run) -> tuple[Quantized, list[UnitReport]]:
     """The quantized model and, where the method learns, how each unit went; a killed run goes on in `run.state`."""
     sam, params, calib = run.inputs.sam, run.inputs.params, run.inputs.calib
     config, reconstruction = run.options.quant_config(), run.options.reconstruction_config()
-    bars, state, cache = run.stages.bars, run.state, run.cache
-    if reconstruction is None:
-        return quantize_model(sam, params, calib, config, progress=bars, state_dir=state, cache=cache), []
     units: list[UnitReport] = []
-    quantized = quantize_reconstructed(
-        sam,
+    quantized = quantize(
         params,
         calib,
         config,
-        reconstruction,
-        progress=bars,
-        state_dir=state,
+        sam=sam,
+        reconstruction=reconstruction,
+        state_dir=run.state,
+        cache=run.cache,
+        progress=run.stages.bars,
         on_unit=units.append,
-        cache=cache,
     )
     return quantized, units
 

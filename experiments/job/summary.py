@@ -27,5 +27,7 @@ def summary(results: Mapping[str, Any]) -> str:
         sizes = results["bytes"]
         share = sizes["quantized"] / sizes["fp32"]
         lines.append(f"bytes: {sizes['fp32']:,} -> {sizes['quantized']:,} ({100 * share:.1f} %)")
+    if "protocol" in results:
+        lines.append(results["protocol"]["sentence"])
     lines.append("seconds: " + json.dumps(results["seconds"]))
     return "\n".join(lines)

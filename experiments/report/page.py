@@ -128,8 +128,14 @@ def _scores(results: Mapping[str, Any], notes: Sequence[str]) -> str:
         "<p class=note>AP as COCO defines it, in percent: AP averages IoU thresholds from 0.50 to 0.95, "
         "AP50 and AP75 take one; APs, APm and APl take objects below 32², up to 96² and above 96² pixels. "
         "mIoU is the mean overlap with the true mask, from 0 to 1. A dash: nothing of that kind to "
-        f"score.{blank}</p>" + (f"<ul class=note>{remarks}</ul>" if remarks else "") + "</section>"
+        f"score.{blank}{_protocol(results)}</p>" + (f"<ul class=note>{remarks}</ul>" if remarks else "") + "</section>"
     )
+
+
+def _protocol(results: Mapping[str, Any]) -> str:
+    """How masks were asked for and ranked, as a sentence below the table."""
+    sentence = (results.get("protocol") or {}).get("sentence", "")
+    return _escape(f" {sentence[:1].upper()}{sentence[1:]}") if sentence else ""
 
 
 def _gallery(examples: Sequence[Example]) -> str:

@@ -88,7 +88,7 @@ def test_a_saved_artefact_scores_the_same_without_calibration(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("calibrated although an artefact was given")
 
-    monkeypatch.setattr(one_run, "quantize_model", never)
+    monkeypatch.setattr(one_run, "quantize", never)
     monkeypatch.setattr(plan, "calibration_set", never)
     artefact = str(job[0] / "quantized.safetensors")
     # Its bits are the file's, not the flags'.
@@ -326,7 +326,7 @@ def test_inputs_are_checked_before_the_model_runs(
         raise AssertionError("a long stage began before all inputs were read")
 
     monkeypatch.setattr(evaluate, "evaluate", too_late)
-    monkeypatch.setattr(one_run, "quantize_model", too_late)
+    monkeypatch.setattr(one_run, "quantize", too_late)
     for name in ("short.json", "absent.json"):
         for kind in ("", "calib_"):
             fields: dict[str, Any] = {f"{kind}images": str(folder), f"{kind}annotations": str(folder / name)}

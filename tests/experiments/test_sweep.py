@@ -189,7 +189,8 @@ def test_kept_records_are_the_tables_of_the_readme(
     printed = sweep.sweep(options, settings, 3, tmp_path, ROOT / "results" / f"{name}.jsonl")
     # They were made before records kept the version of their code, which is said and not silent.
     stale, _, by_bits = printed.split("\n\n")
-    assert stale.startswith("rows of other code: 81 of 81 (made by an earlier version; this is ")
+    assert stale.startswith("protocol: box prompts, one mask a prompt, ranked by box score times predicted IoU (--")
+    assert stale.splitlines()[1].startswith("rows of other code: 81 of 81 (made by an earlier version; this is ")
     assert by_bits.count("\n") == 12 and by_bits.strip() in (ROOT / "README.md").read_text()
 
 
