@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from ahcptq_jax.architectures import Architecture, architecture_named
 from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.quantizers.kinds import kind_names
 from ahcptq_jax.rules import FLOAT, Rule
+from sam_flax.errors import InputError
 
 Kind = str
 
@@ -63,7 +65,16 @@ class Recipe:
 
 
 def recipe_of(architecture: Architecture, config: QuantConfig) -> Recipe:
-    """The recipe of a configuration for an architecture, whose rules come last and obey the method's switches."""
+    """The recipe of a configuration for an architecture, whose rules come last and obey the method's switches.
+
+    Raises:
+        InputError: if a rule of the configuration's has an unknown kind.
+    """
+    for rule in config.rules:
+        if rule.kind not in (None, FLOAT, *kind_names()):
+            raise InputError(
+                f"The rule {rule.pattern!r} has kind={rule.kind!r}; choose one of {', '.join(kind_names())} or {FLOAT}."
+            )
     rules = [*config.rules]
     for rule in architecture.rules:
         switch = SWITCHES.get(rule.kind or "")

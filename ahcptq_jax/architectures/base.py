@@ -143,6 +143,23 @@ class Architecture(abc.ABC):
     def module(self, config: Any) -> Module | None:
         """The module of a configuration; None if the configuration is another family's."""
 
+    def parse_config(self, text: str, source: str) -> Any:
+        """The configuration in a file's metadata, as its `to_dict` and JSON wrote it. The file may come from anywhere.
+
+        Args:
+            text: JSON.
+            source: what the sentence of an error starts with.
+
+        Raises:
+            ValueError: if it is no configuration of this family.
+        """
+        raise InputError(f"{source} is of the architecture {self.name}, whose models cannot be read from files.")
+
+    def most_repeated(self, config: Any) -> int:
+        """The most layers of a kind that a configuration asks for: a file must have as many tensors."""
+        del config
+        return 0
+
     @abc.abstractmethod
     def stages(self, sam: Module) -> StageGraph:
         """The image encoder behind its embedding."""

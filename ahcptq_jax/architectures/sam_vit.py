@@ -26,6 +26,7 @@ from ahcptq_jax.rules import FLOAT, Rule
 from sam_flax.config import SamConfig
 from sam_flax.encoders import vit
 from sam_flax.errors import InputError
+from sam_flax.files.checkpoint import parse_config
 from sam_flax.files.infer import infer_config
 from sam_flax.files.parameters import parameter_shapes
 from sam_flax.files.trees import check_tree
@@ -78,6 +79,12 @@ class SamVit(Architecture):
 
     def module(self, config: Any) -> Sam | None:
         return Sam(config) if isinstance(config, SamConfig) else None
+
+    def parse_config(self, text: str, source: str) -> SamConfig:
+        return parse_config(text, source)
+
+    def most_repeated(self, config: SamConfig) -> int:
+        return max(config.depth, config.decoder_depth, config.num_multimask_outputs, config.iou_head_depth)
 
     def stages(self, sam: Sam) -> StageGraph:
         return stage_graph(sam.config)

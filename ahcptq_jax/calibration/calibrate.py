@@ -71,6 +71,8 @@ def calibrate(
     architecture = architecture_of(sam)
     recipe = recipe_of(architecture, config)
     check_recipe(recipe, architecture.sites(sam))
+    for name in recipe.transforms:
+        transform_named(name)  # an unknown one is told before the first pass
     if cache is not None:
         inputs = [(image.canvas, image.boxes) for image in images]
         cache.keep_passes_of(saved_state.fingerprint(sam.config, config.seed, params, inputs))

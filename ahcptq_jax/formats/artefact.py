@@ -41,17 +41,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax.architectures import architecture_of
+from ahcptq_jax.architectures import Architecture, architecture_named, architecture_of
 from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Quantizer, Uniform, packing
 from ahcptq_jax.quantizers.kinds import Kind, kind_named, kind_names, kind_of
+from ahcptq_jax.quantizers.weights import QuantizedWeight
 from ahcptq_jax.recipe import recipe_of
-from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
+from ahcptq_jax.runtime.quantized import FILE_FUNCTIONS, Quantized
 from sam_flax.config import SamConfig
 from sam_flax.errors import InputError
-from sam_flax.files.checkpoint import parse_config
-from sam_flax.files.parameters import parameter_shapes
 from sam_flax.files.tensor_files import MAX_HEADER_BYTES, unique_keys
 from sam_flax.files.trees import shown
 from sam_flax.files.writing import write_whole
@@ -123,16 +122,19 @@ def header_bytes(
         provenance: what the caller adds to it, serializable as JSON.
         checksums: False writes zeros for them; the length is the same.
     """
+    architecture = architecture_of(quantized.sam)
     digests = [hashlib.sha256(t.data).hexdigest() if checksums else _NO_DIGEST for t in tensors.values()]
     metadata = {
         "format": FORMAT,
         "version": VERSION,
+        "architecture": architecture.name,
         "sam_config": quantized.config.to_dict(),
         "weights": {k: _static_of_weight(w) for k, w in sorted(quantized.weights.items())},
         "activations": {k: _static_of(a) for k, a in sorted(quantized.activations.items())},
         "provenance": {
             "package": _package(),
             "quant_config": dataclasses.asdict(quantized.quant_config),
+            "transforms": recipe_of(architecture, quantized.quant_config).transforms,
             **(provenance or {}),
         },
         "sha256": digests,
@@ -202,7 +204,7 @@ class _Refused(Exception):
     """Why a file is not read: the end of a sentence that starts with its name."""
 
 
-def load(path: str | os.PathLike[str], config: SamConfig | None = None) -> Quantized:
+def load(path: str | os.PathLike[str], config: Any = None) -> Quantized:
     """Reads what `save` wrote.
 
     Args:
@@ -219,7 +221,8 @@ def load(path: str | os.PathLike[str], config: SamConfig | None = None) -> Quant
         raise FileNotFoundError(f"Quantized model {path} does not exist; check the path.")
     try:
         metadata, tensors = _read(path)
-        found = _sam_config(metadata)
+        architecture = _architecture(metadata)
+        found = _sam_config(architecture, metadata)
         if config is not None and config != found:
             wanted = config.to_dict()
             different = {name: value for name, value in found.to_dict().items() if value != wanted[name]}
@@ -228,7 +231,7 @@ def load(path: str | os.PathLike[str], config: SamConfig | None = None) -> Quant
                 f"is of another model, with {listed}; give the file of the model that is asked for, or ask for "
                 "that of the file (on the command line, with its floating-point weights: --checkpoint=…)"
             )
-        return _build(found, metadata, tensors)
+        return _build(architecture, found, metadata, tensors)
     except _Refused as error:
         raise InputError(f"Quantized model {path} {error}.") from None
     except OSError as error:
@@ -327,14 +330,17 @@ def _is_shape(shape: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------- rebuilding
 
 
-def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Quantized:
+def _build(
+    architecture: Architecture, config: Any, metadata: Mapping[str, Any], tensors: dict[str, np.ndarray]
+) -> Quantized:
     """The model of a file; every part is checked against the configuration."""
     quant_config = _quant_config(_provenance(metadata).get("quant_config"))
     # The tensors bound what a configuration can cost.
-    if max(config.depth, config.decoder_depth, config.num_multimask_outputs, config.iou_head_depth) > len(tensors):
+    if architecture.most_repeated(config) > len(tensors):
         raise _Refused(f"has a configuration of more layers than its {len(tensors)} tensors; {_REMEDY}")
-    shapes = parameter_shapes(config)
-    sites = architecture_of(Sam(config)).sites(Sam(config))
+    module = architecture.module(config)
+    assert module is not None, f"{architecture.name} does not know its own configuration"
+    shapes, sites = architecture.shapes(module), architecture.sites(module)
     rest = dict(tensors)
 
     def take(name: str, shape: tuple[int, ...] | None, *dtypes: type) -> np.ndarray:
@@ -385,7 +391,7 @@ def _build(config: SamConfig, metadata: Mapping[str, Any], tensors: dict[str, np
         params[path] = jnp.asarray(value)
     if rest:
         raise _Refused(f"holds {shown(min(rest))}, which its metadata does not describe; {_REMEDY}")
-    return Quantized(unflatten(params), weights, activations, Sam(config), quant_config)
+    return Quantized(unflatten(params), weights, activations, module, quant_config)
 
 
 def _static_fields(name: str, kind: Kind, static: Mapping[str, Any]) -> dict[str, int]:
@@ -408,9 +414,20 @@ def _sound(
     return dataclasses.replace(quantizer, **arrays)
 
 
-def _sam_config(metadata: Mapping[str, Any]) -> SamConfig:
+def _architecture(metadata: Mapping[str, Any]) -> Architecture:
+    """The family of a file's model; files that do not say are of the one that there was."""
+    name = str(metadata.get("architecture", "sam_vit"))
     try:
-        return parse_config(str(metadata.get("sam_config")), "It")
+        return architecture_named(name)
+    except ValueError:
+        raise _Refused(
+            f"is of the unknown architecture {shown(name)}; update the package, or register the architecture"
+        ) from None
+
+
+def _sam_config(architecture: Architecture, metadata: Mapping[str, Any]) -> Any:
+    try:
+        return architecture.parse_config(str(metadata.get("sam_config")), "It")
     except ValueError as error:
         reason = str(error).removeprefix("It has ").split(";")[0].rstrip(".")
         raise _Refused(f"has no usable model configuration ({reason}); {_REMEDY}") from None
@@ -448,3 +465,6 @@ def quantizable_sites(config: SamConfig, shapes: Mapping[str, tuple[int, ...]]) 
     architecture = architecture_of(Sam(config))
     recipe = recipe_of(architecture, QuantConfig())
     return {site: size for site, size in architecture.sites(Sam(config)).items() if recipe.at(site)}
+
+
+FILE_FUNCTIONS["save"] = save

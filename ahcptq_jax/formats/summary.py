@@ -7,11 +7,11 @@ import math
 import re
 from collections import defaultdict
 
+from ahcptq_jax.architectures import architecture_of
 from ahcptq_jax.formats import artefact
 from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.recipe import weight_path
-from ahcptq_jax.runtime.quantized import Quantized
-from sam_flax.files.parameters import parameter_shapes
+from ahcptq_jax.runtime.quantized import FILE_FUNCTIONS, Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +129,13 @@ def summarize(quantized: Quantized) -> Summary:
     rows += [Row(f"{part} (float)", (), widest[part], None, "", 0, "", size) for part, size in sorted(parts.items())]
     header = len(artefact.header_bytes(quantized, tensors, checksums=False))
     rows.append(Row("header (names, shapes, configuration, checksums)", (), None, None, "", 0, "", header))
-    original = sum(math.prod(shape) for shape in parameter_shapes(quantized.config).values())
+    original = sum(math.prod(shape) for shape in architecture_of(quantized.sam).shapes(quantized.sam).values())
     return Summary(tuple(rows), 4 * original)
 
 
 def _by_number(path: str) -> list[tuple[int, str]]:
     """A key that sorts blocks_10 after blocks_9."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path)]
+
+
+FILE_FUNCTIONS["summarize"] = summarize

@@ -2,9 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ from sam_flax.layers import in_float32
 from sam_flax.sam import Params, Points
 from sam_flax.stages import Stage
 
-if TYPE_CHECKING:
-    from ahcptq_jax.formats.summary import Summary
+# What the methods `save` and `summary` call; `formats`, which imports this module, puts its functions here.
+FILE_FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
 def with_decoded(params: Params, weights: Mapping[str, QuantizedWeight]) -> Params:
@@ -172,16 +172,12 @@ class Quantized:
         return with_decoded(self.params, self.weights)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the model as one safetensors file, which `ahcptq_jax.load` reads; see `ahcptq_jax.artefact.save`."""
-        from ahcptq_jax.formats import artefact
+        """Writes the model as one safetensors file, which `ahcptq_jax.load` reads; see `ahcptq_jax.save`."""
+        FILE_FUNCTIONS["save"](self, path)
 
-        artefact.save(self, path)
-
-    def summary(self) -> "Summary":
+    def summary(self) -> Any:
         """What every layer became and weighs in the file of `save`; print it for a table."""
-        from ahcptq_jax.formats import summary
-
-        return summary.summarize(self)
+        return FILE_FUNCTIONS["summarize"](self)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held: `fp32` before quantization, `quantized` now (packed codes, quantizers, float remainder)."""

@@ -152,6 +152,7 @@ def _activations(
 
 
 @partial(jax.jit, static_argnums=(0, 3))
+@in_float32
 def _observe(
     module: Block | Neck, params: Params, x: jax.Array, paths: tuple[str, ...]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

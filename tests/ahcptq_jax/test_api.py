@@ -20,9 +20,11 @@ from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform, searches
 from ahcptq_jax.quantizers.kinds import grouped as grouped_kind
 from ahcptq_jax.quantizers.searches import batches, grouping
 from ahcptq_jax.recipe import recipe_of, site_kind
+from ahcptq_jax.rules import Rule
 from ahcptq_jax.runtime import quantized as quantized_module
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from ahcptq_jax.transforms.bimodal import unify_keys
+from ahcptq_jax.transforms.harder import make_harder
 from sam_flax import MINI, SamPredictor, load_sam
 from sam_flax import sam as sam_module
 from sam_flax.errors import InputError
@@ -750,3 +752,44 @@ def test_boxes_are_clipped_to_the_image_and_repeated_to_one_number(tiny):
     np.testing.assert_allclose(np.unique(item.boxes, axis=0), wanted, rtol=1e-5)
     whole = prepare(0, GOOD, sam, W4A4, rng)
     np.testing.assert_allclose(whole.boxes, np.repeat([[0, 0, 128, 102]], 8, 0), rtol=1e-5)
+
+
+# --- Rules and transforms ---------------------------------------------------------------------------------------------
+
+
+def test_rules_give_widths_by_site_and_layer(tiny, canvas):
+    sam, params = tiny
+    rules = (
+        Rule(r"image_encoder/blocks_0/.*", a_bits=8, w_bits=6),
+        Rule(r"image_encoder/neck/.*", kind="float"),
+        Rule(r"mask_decoder/.*/softmax", a_bits=3),
+    )
+    model = quantize(params, pictures(), dataclasses.replace(MINMAX, rules=rules), sam=sam)
+    for path, quantizer in model.activations.items():
+        wanted = 8 if "blocks_0/" in path else 3 if path.endswith("softmax") and "decoder" in path else 4
+        assert quantizer.bits == wanted, path
+    for layer, weight in model.weights.items():
+        assert weight.bits == (6 if "image_encoder/blocks_0/" in layer else 4), layer
+    assert not any("neck" in path for path in [*model.weights, *model.activations])
+    assert np.isfinite(logits(model, canvas)[0]).all()
+    with pytest.raises(InputError, match="The rule 'image_encoder' matches none of the model's .* sites"):
+        quantize(params, pictures(), dataclasses.replace(MINMAX, rules=(Rule("image_encoder", a_bits=8),)), sam=sam)
+
+
+def test_transforms_are_applied_in_order_and_recorded(tiny, tmp_path):
+    sam, params = tiny
+    config = dataclasses.replace(MINMAX, transforms=("harder:1",))
+    assert recipe_of(sam_vit.SAM_VIT, dataclasses.replace(config, big=True)).transforms == ("harder:1", "bimodal")
+    found = quantize(params, pictures(), config, sam=sam)
+    wanted = quantize(make_harder(params, sam.config, 1.0), pictures(), MINMAX, sam=sam)
+    assert same(found.activations, wanted.activations) and same(found.weights, wanted.weights)
+    found.save(tmp_path / "harder.safetensors")
+    assert b'\\"transforms\\":[\\"harder:1\\"]' in (tmp_path / "harder.safetensors").read_bytes()
+    for name, sentence in {
+        "softer": "The transform 'softer' is unknown; known are bimodal, harder",
+        "harder:much": "harder:much needs a number",
+        "harder:9": "strength=9.0 must lie in 0..4",
+        "bimodal:1": "bimodal takes no argument",
+    }.items():
+        with pytest.raises(InputError, match=sentence):
+            quantize(params, pictures(), dataclasses.replace(MINMAX, transforms=(name,)), sam=sam)

@@ -11,6 +11,7 @@ from ahcptq_jax import METHODS, QuantConfig
 from ahcptq_jax.architectures.sam_vit import RULES, SAM_VIT
 from ahcptq_jax.architectures.sites import flatten, intercept_sites
 from ahcptq_jax.recipe import recipe_of, site_kind, weight_path
+from ahcptq_jax.rules import Rule
 from sam_flax.config import CONFIGS, SamConfig
 from sam_flax.sam import Sam
 
@@ -184,3 +185,72 @@ def test_a_bad_configuration_gets_one_sentence(values, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         QuantConfig(**values)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+# --- Rules of one's own -----------------------------------------------------------------------------------------------
+
+LIN2 = "image_encoder/blocks_0/mlp/lin2/input"
+
+
+def test_rules_of_ones_own_come_first_and_leave_the_rest_to_the_next():
+    rules = (
+        Rule(r"image_encoder/blocks_0/.*", a_bits=8),
+        Rule(r".*/mlp/lin2/input", w_bits=3),
+        Rule(r"image_encoder/blocks_1/attn/softmax", kind="uniform"),
+        Rule(r"image_encoder/neck/.*", kind="float"),
+    )
+    recipe = recipe_of(SAM_VIT, QuantConfig(rules=rules, w_bits=4, a_bits=5))
+    assert recipe.at(LIN2) == ("hybrid", 8, 3)
+    assert recipe.at(LIN2.replace("blocks_0", "blocks_1")) == ("hybrid", 5, 3)
+    assert recipe.at("image_encoder/blocks_0/attn/softmax") == ("log2", 8, 4)
+    assert recipe.at("image_encoder/blocks_1/attn/softmax") == ("uniform", 5, 4)
+    assert recipe.at("image_encoder/neck/conv1/input") is None
+    # The method's switches are of the architecture's rules: what the user says is meant.
+    own = QuantConfig(hluq=False, rules=(Rule(LIN2, kind="hybrid"),))
+    assert recipe_of(SAM_VIT, own).at(LIN2) == ("hybrid", 4, 4)
+
+
+def test_what_no_rule_names_and_what_rules_name_in_vain_is_told(model):
+    _, sites = model
+    recipe = recipe_of(SAM_VIT, QuantConfig(rules=(Rule("image_encoder/blocks_99/.*", a_bits=8),)))
+    assert [rule.pattern for rule in recipe.idle(sites)] == ["image_encoder/blocks_99/.*"]
+    named = [site for site in sites if not site.endswith("/operands")]
+    assert not recipe.unnamed(named)
+    assert recipe.unnamed(["prompt_encoder/new/input", LIN2]) == ["prompt_encoder/new/input"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "sentence"),
+    [
+        ("x", "rules='x' must be a tuple of ahcptq_jax.Rule"),
+        (("x",), "rules has 'x', which is no ahcptq_jax.Rule"),
+        ((Rule("x", a_bits=9),), "The rule 'x' has a_bits=9, which must be a width from 2 to 8"),
+        ((Rule("x", w_bits=True),), "The rule 'x' has w_bits=True, which must be"),
+        (({"pattern": "x", "bits": 4},), "which is no ahcptq_jax.Rule"),
+    ],
+)
+def test_a_bad_rule_gets_a_sentence(rules, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        QuantConfig(rules=rules)
+
+
+def test_a_pattern_that_is_none_gets_a_sentence():
+    with pytest.raises(ValueError, match=r"The rule '\(' is no regular expression"):
+        Rule("(")
+
+
+def test_an_unknown_kind_gets_a_sentence():
+    with pytest.raises(ValueError, match="The rule 'x' has kind='ternary'; choose one of .*uniform.* or float"):
+        recipe_of(SAM_VIT, QuantConfig(rules=(Rule("x", "ternary"),)))
+
+
+def test_rules_survive_a_file():
+    config = QuantConfig(rules=(Rule("a/.*", "uniform", 3, 5),), transforms=("harder:2",))
+    assert QuantConfig(**dataclasses.asdict(config)) == config
+
+
+def test_the_shapes_of_the_parameters_tell_all_sites(model):
+    config, sites = model
+    found = SAM_VIT.sites(Sam(config))
+    assert set(found) == {site for site in sites if not site.endswith("/operands")}
+    assert {path for path, size in found.items() if size is None} == {s for s in sites if s.endswith("/softmax")}

@@ -5,6 +5,7 @@ ViT; and an objective of its own runs prompts through the rest of the model.
 """
 
 import dataclasses
+import json
 import logging
 from typing import Any
 
@@ -41,6 +42,9 @@ class PyramidConfig:
     pixel_mean: tuple[float, float, float] = (120.0, 120.0, 120.0)
     pixel_std: tuple[float, float, float] = (60.0, 60.0, 60.0)
     mask_threshold: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 class Coarse(nn.Module):
@@ -139,6 +143,10 @@ class PyramidArchitecture(Architecture):
 
     def module(self, config: Any) -> Pyramid | None:
         return Pyramid(config) if isinstance(config, PyramidConfig) else None
+
+    def parse_config(self, text: str, source: str) -> PyramidConfig:
+        values = json.loads(text)
+        return PyramidConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     def stages(self, sam: Pyramid) -> StageGraph:
         width = sam.config.width
@@ -268,6 +276,17 @@ def test_it_is_reconstructed(learned, pyramid, canvas):
     assert all(np.isfinite([report.before, report.after]).all() for report in reports)
     assert {q.scale.shape for q in quantized.activations.values() if isinstance(q, Grouped)} == {(2,)}
     assert relative_error(masks(quantized, canvas), float_masks(*pyramid, canvas)) < 0.5
+
+
+def test_it_is_saved_loaded_and_summarized(learned, canvas, tmp_path):
+    quantized, _ = learned
+    ahcptq_jax.save(quantized, tmp_path / "pyramid.safetensors")
+    loaded = ahcptq_jax.load(tmp_path / "pyramid.safetensors")
+    assert loaded.sam == quantized.sam and loaded.quant_config == CONFIG
+    np.testing.assert_array_equal(masks(loaded, canvas), masks(quantized, canvas))
+    summary = ahcptq_jax.summarize(quantized)
+    assert summary.nbytes == (tmp_path / "pyramid.safetensors").stat().st_size
+    assert {"main/lin1", "attend/softmax"} <= {row.name for row in summary.rows}
 
 
 def test_an_objective_may_need_the_prompts(pyramid, calib, learned):

@@ -202,7 +202,10 @@ def rebuilt(blob, change):
     """The file after `change(header, metadata, data)`, with sound checksums: a forgery, not an accident."""
     length = struct.unpack("<Q", blob[:8])[0]
     header, data = json.loads(blob[8 : 8 + length]), bytearray(blob[8 + length :])
-    metadata = {k: v if k in ("format", "header_sha256") else json.loads(v) for k, v in header["__metadata__"].items()}
+    metadata = {
+        k: v if k in ("format", "architecture", "header_sha256") else json.loads(v)
+        for k, v in header["__metadata__"].items()
+    }
     change(header, metadata, data)
     spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
     if isinstance(metadata.get("sha256"), list):
