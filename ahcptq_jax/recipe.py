@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 from ahcptq_jax.architectures import Architecture, architecture_named
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.quantizers.kinds import kind_names
+from ahcptq_jax.quantizers.kinds import kind_named
 from ahcptq_jax.rules import FLOAT, Rule
-from sam_flax.errors import InputError
 
 Kind = str
 
@@ -71,10 +70,8 @@ def recipe_of(architecture: Architecture, config: QuantConfig) -> Recipe:
         InputError: if a rule of the configuration's has an unknown kind.
     """
     for rule in config.rules:
-        if rule.kind not in (None, FLOAT, *kind_names()):
-            raise InputError(
-                f"The rule {rule.pattern!r} has kind={rule.kind!r}; choose one of {', '.join(kind_names())} or {FLOAT}."
-            )
+        if rule.kind not in (None, FLOAT):
+            kind_named(rule.kind)
     rules = [*config.rules]
     for rule in architecture.rules:
         switch = SWITCHES.get(rule.kind or "")

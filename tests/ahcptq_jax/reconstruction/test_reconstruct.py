@@ -664,7 +664,13 @@ def test_a_finished_calibration_is_taken_over(sam, params, calibrated, tmp_path,
     calls, seen, handed = [], [], []
     transformed = unflatten(flatten(params) | {"mask_decoder/iou_token": 2 * params["mask_decoder"]["iou_token"]})
     monkeypatch.setattr(api, "calibrate", lambda *_, **__: calls.append(1) or Calibrated(calibrated, transformed))
-    monkeypatch.setattr(api, "reconstruct", lambda *args, **_: handed.append(args[1]) or seen.append(args[2]))
+
+    def reconstruct(sam, params, quantized, *_, **__):
+        handed.append(params)
+        seen.append(quantized)
+        return quantized
+
+    monkeypatch.setattr(api, "reconstruct", reconstruct)
 
     def start(calib):
         return api.quantize(params, calib, TARGET, sam=sam, reconstruction=CONFIG, state_dir=tmp_path, progress=False)
