@@ -4,14 +4,30 @@ Source: segment_anything/utils/transforms.py (ResizeLongestSide) and modeling/sa
 postprocess_masks). All host-side NumPy: pictures come in any size, and none should trigger a compilation.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, Real, UInt8
 from PIL import Image
 
-from sam_flax.config import SamConfig
 from sam_flax.errors import InputError
+
+
+@runtime_checkable
+class CanvasConfig(Protocol):
+    """What preparing an image needs of a model's configuration, whatever its family."""
+
+    @property
+    def img_size(self) -> int:
+        """Side of the square canvas, pixels."""
+
+    @property
+    def pixel_mean(self) -> tuple[float, float, float]:
+        """RGB, 0..255."""
+
+    @property
+    def pixel_std(self) -> tuple[float, float, float]:
+        """RGB, 0..255."""
 
 
 def check_image(image: Any) -> UInt8[np.ndarray, "h w 3"]:
@@ -45,7 +61,7 @@ def resize_image(image: UInt8[np.ndarray, "h w 3"], long_side: int) -> UInt8[np.
 
 
 def normalize_and_pad(
-    image: UInt8[np.ndarray, "h w 3"], config: SamConfig
+    image: UInt8[np.ndarray, "h w 3"], config: CanvasConfig
 ) -> Float32[np.ndarray, "{config.img_size} {config.img_size} 3"]:
     """A resized image -> the canvas: normalised, zeros at the right and bottom."""
     mean = np.array(config.pixel_mean, np.float32)
@@ -58,7 +74,7 @@ def normalize_and_pad(
 
 
 def prepare_image(
-    image: Any, config: SamConfig
+    image: Any, config: CanvasConfig
 ) -> tuple[Float32[np.ndarray, "{config.img_size} {config.img_size} 3"], tuple[int, int]]:
     """A user's image -> the encoder's input and the (height, width) it occupies there."""
     resized = resize_image(check_image(image), config.img_size)

@@ -200,6 +200,7 @@ def mask_error(place: Place, power: float) -> Objective:
 # --- Tests ------------------------------------------------------------------------------------------------------------
 
 CONFIG = QuantConfig(w_bits=8, a_bits=8, groups=2, prompts_per_image=3)
+BOXES = jnp.array([[4.0, 4, 20, 24], [8, 2, 30, 30]])
 FEW = ReconstructionConfig(iterations=6, chunk=3)
 
 
@@ -228,12 +229,12 @@ def learned(pyramid, calib):
     ), reports
 
 
-def masks(model: Any, canvas: np.ndarray) -> np.ndarray:
-    return np.asarray(model.decode(model.encode_image(canvas), boxes=np.array([[4.0, 4, 20, 24], [8, 2, 30, 30]]))[0])
+def masks(model: Any, canvas: jax.Array) -> np.ndarray:
+    return np.asarray(model.decode(model.encode_image(canvas), boxes=BOXES)[0])
 
 
-def float_masks(sam: Pyramid, params: Any, canvas: np.ndarray) -> np.ndarray:
-    return np.asarray(call(sam, params, canvas, np.array([[4.0, 4, 20, 24], [8, 2, 30, 30]]))[0])
+def float_masks(sam: Pyramid, params: Any, canvas: jax.Array) -> np.ndarray:
+    return np.asarray(call(sam, params, canvas, BOXES)[0])
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -242,7 +243,7 @@ def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def canvas():
-    return 0.5 * np.random.default_rng(5).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    return jnp.asarray(0.5 * np.random.default_rng(5).normal(size=(1, 32, 32, 3)), jnp.float32)
 
 
 def test_its_sites_are_found(pyramid):
