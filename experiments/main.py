@@ -5,6 +5,8 @@
     python -m experiments.main --flagfile=w4a4.flags --checkpoint=sam_vit_b_01ec64.pth \
         --images=coco/val2017 --annotations=coco/annotations/instances_val2017.json \
         --calib_images=coco/train2017 --calib_annotations=coco/annotations/instances_train2017.json
+
+`--dry_run` prints the plan with estimates of time and memory; `--verbosity=-1` prints warnings and results alone.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from experiments.job import devices
 from experiments.job.allocator import keep_pages
 from experiments.job.command import finish, launch, use_compilation_cache
 from experiments.job.options import Options
-from experiments.job.run import run
+from experiments.job.run import dry_run, run
 from experiments.job.summary import summary
 
 
@@ -34,6 +36,9 @@ def _command() -> int:
     if helper := jax.process_index():
         # All processes do all but the evaluation, whose images they share; process 0 alone leaves files.
         options = dataclasses.replace(options, out=str(Path(options.out) / f"process_{helper}"))
+    if found.dry_run:
+        print(dry_run(options, found.verbosity))
+        return 0
     results = run(options, verbosity=found.verbosity)
     if helper:
         shutil.rmtree(options.out)
@@ -54,6 +59,7 @@ def kept() -> str:
 def cli() -> None:
     """What `python -m experiments.main` runs."""
     define_flags(Options)
+    flags.DEFINE_bool("dry_run", False, "Check every input and print the plan with estimates of time and memory, only.")
     devices.define_flags()
     # Else --help would not show its flags.
     flags.adopt_module_key_flags(devices)

@@ -31,7 +31,9 @@ from experiments.job.allocator import keep_pages
 from experiments.job.code import code_version
 from experiments.job.command import finish, launch, use_compilation_cache
 from experiments.job.folder import check_writable, claimed
+from experiments.job.forecast import forecast, in_words, product_rate
 from experiments.job.options import Options, switches
+from experiments.job.plan import read_inputs
 from experiments.job.results import write_file
 from experiments.job.stages import LINES, Stages
 from experiments.job.sweep_figure import draw
@@ -245,6 +247,36 @@ def sweep(
         return _write_tables(out, settings, rows, found)
 
 
+def dry_run(
+    base: Options, settings: list[Setting], seeds: int, out: Path, records_file: Path, stale: str, bars: bool = True
+) -> str:
+    """What `sweep` would run and about how long it would take; nothing is run or written.
+
+    Raises:
+        InputError, OSError: as `sweep`, before its first run.
+    """
+    done = records.read(records_file)
+    runs = [_options(setting, base, seed, out) for seed in range(seeds) for setting in settings]
+    check_writable(out, "--out")
+    missing = [
+        options
+        for options in runs
+        if (record := done.get(records.key(options))) is None or (stale == "repeat" and records.is_stale(record))
+    ]
+    lines = [f"{len(missing)} of {len(runs)} runs are missing in {printable_path(records_file)}."]
+    if missing:
+        inputs, speed = read_inputs(missing[0], bars), product_rate()
+        # The floating-point model is evaluated once; settings of one seed share what they can of a calibration.
+        found = [forecast(inputs, options, speed) for options in missing]
+        total = found[0].seconds["evaluate_fp"]
+        for one in found:
+            total += one.total - one.seconds["evaluate_fp"]
+        memory = max(one.memory for one in found)
+        lines += [f"  {Path(o.out).name:<60}{in_words(f.total):>10}" for o, f in zip(missing, found, strict=True)]
+        lines.append(f"all of them: about {in_words(total)} and {memory / 2**30:.1f} GiB; nothing was run or written.")
+    return "\n".join(lines)
+
+
 def _options(setting: Setting, base: Options, seed: int, out: Path) -> Options:
     try:
         return setting.options(base, seed, out)
@@ -285,6 +317,10 @@ def _command() -> int:
     if base.artefact:
         raise InputError("--artefact is one finished model and a sweep makes many; give it to experiments.main.")
     records_file = Path(found.records) if found.records else None
+    if found.dry_run:
+        file = records_file or Path(base.out) / "records.jsonl"
+        print(dry_run(base, settings, found.seeds, Path(base.out), file, found.stale, found.verbosity >= LINES))
+        return 0
     text = sweep(base, settings, found.seeds, Path(base.out), records_file, found.reports, found.stale, found.verbosity)
     print(text)
     return 0
@@ -306,5 +342,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, … per setting.", lower_bound=1)
     flags.DEFINE_string("records", "", "File of the runs that are done; default: records.jsonl in --out.")
     flags.DEFINE_enum("stale", STALE[0], STALE, "Keep, or repeat, runs that other code than this has made.")
+    flags.DEFINE_bool("dry_run", False, "Print what is missing and about how long it takes, only.")
     flags.DEFINE_bool("reports", False, "Make report.html, with histograms of codes, for every run.")
     launch(main)

@@ -21,6 +21,7 @@ from experiments import coco, evaluate, report
 from experiments.job import devices, plan
 from experiments.job.code import code_version
 from experiments.job.folder import check_writable, claimed
+from experiments.job.forecast import describe, forecast, product_rate
 from experiments.job.options import FLOAT, Options
 from experiments.job.plan import Inputs, fingerprint
 from experiments.job.results import write_file, write_json
@@ -28,7 +29,7 @@ from experiments.job.stages import LINES, LOG, Stages, collected_warnings
 from hwcost.counts.codes import to_json
 from hwcost.counts.measure import measure_histograms
 from sam_flax import SamModel
-from sam_flax.files.writing import make_folder
+from sam_flax.files.writing import make_folder, printable_path
 
 # Evaluation images on which code histograms are counted, for `python -m hwcost --results=`.
 HISTOGRAM_IMAGES = 8
@@ -82,13 +83,24 @@ class Run:
         """The file of the quantized model, given or made."""
         return Path(self.options.artefact or self.out / QUANTIZED_FILE)
 
+    @property
+    def float_id(self) -> str:
+        """What tells the floating-point model from all others."""
+        return f"{self.inputs.model_id} {self.options.precision}"
+
+    def partial_file(self, name: str, identity: str, blank: bool = False) -> Path:
+        """The partial results of an evaluation.
+
+        Its name tells everything apart, so that another run into the same folder starts its own file.
+        """
+        dataset, boxes, protocol = self.inputs.dataset, self.inputs.boxes, self.options.protocol()
+        where = _short(f"{identity} {dataset.fingerprint} {boxes.fingerprint} {protocol.multimask} {protocol.prompt}")
+        return self.journal / f"{name}-{'blank' if blank else 'real'}-{where}.jsonl"
+
     def score(self, name: str, model: Any, identity: str, blank: bool = False) -> evaluate.EvaluationResult:
         """Evaluates a model; `identity` tells it from all others."""
-        dataset, boxes = self.inputs.dataset, self.inputs.boxes
-        # The name tells everything apart, so that another run into the same folder starts its own file.
-        protocol = self.options.protocol()
-        where = _short(f"{identity} {dataset.fingerprint} {boxes.fingerprint} {protocol.multimask} {protocol.prompt}")
-        file = self.journal / f"{name}-{'blank' if blank else 'real'}-{where}.jsonl"
+        dataset, boxes, protocol = self.inputs.dataset, self.inputs.boxes, self.options.protocol()
+        file = self.partial_file(name, identity, blank)
         self.partial.append(file)
         return evaluate.evaluate(
             devices.predictors(model),
@@ -144,15 +156,34 @@ def run(
     return results
 
 
+def dry_run(options: Options, verbosity: int = LINES) -> str:
+    """Reads and checks every input as `run` does, and returns the plan instead of doing it; writes nothing.
+
+    Raises:
+        InputError, OSError: as `run`, before its first long stage.
+    """
+    out, stages = Path(options.out), Stages(verbosity)
+    check_writable(out, "--out")
+    inputs = plan.read_inputs(options, stages.bars)
+    current = Run(options, inputs, stages, out / "partial", None, with_report=False)
+    finished = []
+    partial = current.partial_file("fp", current.float_id)
+    if partial.exists():
+        lines = len(partial.read_bytes().splitlines()) - 1
+        finished.append(f"{lines} of {len(inputs.dataset.items)} images of the floating-point evaluation")
+    if inputs.calib and current.state.exists():
+        finished.append(f"the state of a quantization that was stopped, {printable_path(current.state)}")
+    return describe(inputs, options, forecast(inputs, options, product_rate()), finished)
+
+
 def _scores(run: Run) -> dict[str, Any]:
     """All stages up to the scores, as `results.json` keeps them."""
     options, inputs, results, stages = run.options, run.inputs, run.results, run.stages
     model = SamModel(inputs.sam, inputs.params, options.precision)
-    identity = f"{inputs.model_id} {options.precision}"
     make_folder(run.out)
     stages.open(run.out / LOG, code=code_version(), options=options.given())
     with stages.stage("evaluate_fp"):
-        fp = run.score("fp", model, identity)
+        fp = run.score("fp", model, run.float_id)
     results |= {"config": options.given(), "fp": dict(fp.metrics), "model": options.model_name()}
     results["bytes"] = {"fp32": 4 * inputs.parameter_count}
     if options.method != FLOAT:
@@ -175,7 +206,7 @@ def _scores(run: Run) -> dict[str, Any]:
                     run.layers.extend(panels)
     if options.blank:
         with stages.stage("evaluate_blank"):
-            results["fp_blank"] = dict(run.score("fp", model, identity, blank=True).metrics)
+            results["fp_blank"] = dict(run.score("fp", model, run.float_id, blank=True).metrics)
     results["baselines"] = evaluate.evaluate_baselines(inputs.dataset, inputs.boxes, options.protocol())
     results["seconds"] = {name: round(value, 2) for name, value in stages.seconds.items()}
     results["mIoU_note"] = fp.miou_note
