@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 
 from ahcptq_jax.flags import with_flag_files
-from sam_flax.errors import InputError
+from sam_flax.errors import InputError, InputWarning
 from sam_flax.files.writing import printable_path
 
 FAILED = 2  # the status after "Error: …"
@@ -40,7 +40,7 @@ def launch(main: Callable[[list[str]], int], arguments: Sequence[str] | None = N
 
     def one_line(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> str:
         # What this project warns of concerns the user's input, not a line of code.
-        if issubclass(category, UserWarning):
+        if issubclass(category, InputWarning):
             return f"Warning: {message}\n"
         return plain_format(message, category, *rest, **named)
 

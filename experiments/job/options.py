@@ -72,6 +72,9 @@ def _is_three_numbers(text: str) -> bool:
     return len(numbers) == 3 and all(map(math.isfinite, numbers))
 
 
+_BLOCKS = Check(
+    lambda text: all(part.strip().isdecimal() for part in text.split(",")), "numbers of blocks, like 2,5,8,11"
+)
 _COLOUR = Check(_is_three_numbers, "three numbers for red, green and blue, like 123.675,116.28,103.53")
 _COUNT = at_least(1)
 
@@ -93,6 +96,19 @@ class Options(EvaluationProtocol, _Overrides):
         "Heads of the checkpoint's mask decoder, which its tensors do not say; a published SAM has 8.",
         type=int,
         check=_COUNT,
+    )
+    img_size: int | None = _own(
+        None,
+        "Side of the canvas in pixels, for a model that is to run at another size than its positions are for, which "
+        "are then interpolated.",
+        type=int,
+        check=_COUNT,
+    )
+    global_attn_indexes: str | None = _own(
+        None,
+        "Encoder blocks that attend globally, like 2,5,8,11, where the checkpoint does not show which they are.",
+        type=str,
+        check=_BLOCKS,
     )
     pixel_mean: str | None = _own(
         None,
@@ -200,10 +216,13 @@ class Options(EvaluationProtocol, _Overrides):
             options = less if found == wanted else options
         return options
 
-    def colours(self) -> dict[str, Any]:
-        """`pixel_mean` and `pixel_std` as numbers, those that are given."""
-        texts = {"pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std}
-        return {name: tuple(map(float, text.split(","))) for name, text in texts.items() if text is not None}
+    def known_of_checkpoint(self) -> dict[str, Any]:
+        """What the flags say of the checkpoint, as arguments of `load_sam`; only what is given."""
+        known: dict[str, Any] = {"decoder_num_heads": self.decoder_num_heads, "img_size": self.img_size}
+        for name, number in (("global_attn_indexes", int), ("pixel_mean", float), ("pixel_std", float)):
+            text = getattr(self, name)
+            known[name] = None if text is None else tuple(number(part) for part in text.split(","))
+        return {name: value for name, value in known.items() if value is not None}
 
     def protocol(self) -> EvaluationProtocol:
         """How masks are asked for and ranked."""

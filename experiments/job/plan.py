@@ -7,7 +7,6 @@ import json
 import re
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +21,6 @@ from experiments.scenes.scenes import CALIB_SEED, EVAL_SEED, Scene, scene_datase
 from sam_flax import load_sam
 from sam_flax.config import SamConfig
 from sam_flax.errors import InputError
-from sam_flax.files.trees import ParamTree
 from sam_flax.sam import Params, Sam
 
 Calibration = list[tuple[np.ndarray, np.ndarray]]
@@ -34,7 +32,7 @@ MAX_SCENE_SIZE = 320
 HELD_BACK_START = 1_000_000
 HELD_BACK_END = HELD_BACK_START + MOST_SCENES
 # Arguments of `load_sam` that a sentence may name; on the command line they are flags.
-_ARGUMENTS = re.compile(r"(?<![\w-])(decoder_num_heads|pixel_mean|pixel_std)\b")
+_ARGUMENTS = re.compile(r"(?<![\w-])(decoder_num_heads|img_size|global_attn_indexes|pixel_mean|pixel_std)\b")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,19 +108,10 @@ def load_model(options: Options) -> tuple[Sam, Params]:
     Raises:
         InputError, FileNotFoundError: if the file is unusable.
     """
-    if _file_format(options.checkpoint) == "ahcptq_jax":
-        raise InputError(
-            f"--checkpoint={options.checkpoint} is a quantized model; give it with --artefact, and the SAM that it was "
-            "made of with --checkpoint."
-        )
     try:
-        sam, params = load_sam(options.checkpoint, decoder_num_heads=options.decoder_num_heads)
-    except ValueError as error:
+        sam, params = load_sam(options.checkpoint, **options.known_of_checkpoint())
+    except InputError as error:
         raise InputError(as_flags(str(error))) from error
-    colours: dict[str, Any] = options.colours()
-    if colours:
-        config = dataclasses.replace(sam.config, **colours)
-        sam, params = Sam(config), ParamTree(params, config)
     return sam, make_harder(params, sam.config, options.harder)
 
 
@@ -134,10 +123,7 @@ def as_flags(sentence: str) -> str:
 def _load_artefact(path: str, config: SamConfig) -> Quantized:
     if _file_format(path) == "sam_flax":
         raise InputError(f"--artefact={path} is a floating-point SAM; give it with --checkpoint.")
-    try:
-        return ahcptq_jax.load(path, config)
-    except ValueError as error:
-        raise InputError(as_flags(str(error))) from error
+    return ahcptq_jax.load(path, config)
 
 
 def _file_format(path: str) -> str | None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from sam_flax.errors import InputWarning
+
 LOG = "log.jsonl"
 # Values of --verbosity, which absl defines.
 QUIET, LINES = -1, 0
@@ -90,12 +92,12 @@ def collected_warnings() -> Iterator[list[str]]:
         show = warnings.showwarning
 
         def note(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
-            if not issubclass(category, UserWarning):
+            if not issubclass(category, InputWarning):
                 show(message, category, *rest, **named)
             elif str(message) not in sentences:
                 sentences.append(str(message))
                 show(message, category, *rest, **named)
 
-        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("always", InputWarning)
         warnings.showwarning = note
         yield sentences

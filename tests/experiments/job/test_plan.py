@@ -50,7 +50,16 @@ def test_what_a_checkpoint_does_not_say_is_given_by_flags(tmp_path: Path) -> Non
     )
     sam, _ = plan.load_model(options)
     assert (sam.config.decoder_num_heads, sam.config.pixel_mean, sam.config.pixel_std) == (2, (1, 2, 3.5), (4, 5, 6))
-    for wrong in ({"pixel_mean": "1,2"}, {"pixel_std": "a,b,c"}, {"pixel_mean": "nan,1,1"}, {"decoder_num_heads": 0}):
+    small, _ = plan.load_model(Options(checkpoint=TINY, decoder_num_heads=4, img_size=2 * sam.config.img_size))
+    assert small.config.img_size == 2 * sam.config.img_size
+    for wrong in (
+        {"global_attn_indexes": "1,x"},
+        {"img_size": 0},
+        {"pixel_mean": "1,2"},
+        {"pixel_std": "a,b,c"},
+        {"pixel_mean": "nan,1,1"},
+        {"decoder_num_heads": 0},
+    ):
         with pytest.raises(InputError, match=f"--{next(iter(wrong))}="):
             Options(**wrong)
 
@@ -74,7 +83,7 @@ def test_files_of_the_other_kind_name_their_flag(tmp_path: Path) -> None:
         plan.read_inputs(Options(checkpoint=TINY, artefact=str(tmp_path / "float.safetensors"), decoder_num_heads=4))
     header = json.dumps({"__metadata__": {"format": "ahcptq_jax"}}).encode()
     (tmp_path / "quantized.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(InputError, match="is a quantized model; give it with --artefact"):
+    with pytest.raises(InputError, match="is a quantized model; .*--artefact"):
         plan.load_model(Options(checkpoint=str(tmp_path / "quantized.safetensors")))
 
 
