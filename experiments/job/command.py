@@ -46,16 +46,20 @@ def launch(main: Callable[[list[str]], int], arguments: Sequence[str] | None = N
 
     warnings.formatwarning = one_line
 
-    def parse(words: Sequence[str]) -> list[str]:
-        # absl shows INFO, at which JAX tells of every accelerator that is absent.
-        logging.getLogger("jax").setLevel(logging.WARNING)
-        try:
-            return flags.FLAGS(with_flag_files(words))
-        except (flags.Error, InputError) as error:
-            sys.exit(_fail(f"{str(error).rstrip('.')}; --help lists all flags."))
-
-    app.run(main, argv=list(sys.argv if arguments is None else arguments), flags_parser=parse)
+    app.run(main, argv=list(sys.argv if arguments is None else arguments), flags_parser=parse_flags)
     raise AssertionError("app.run ends the process")
+
+
+def parse_flags(words: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Sets the flags of a command line and returns what is left of it; ends the process where that cannot be."""
+    # absl shows INFO, at which JAX tells of every accelerator that is absent.
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    try:
+        return flag_values(with_flag_files(words))
+    except InputError as error:
+        sys.exit(_fail(str(error)))
+    except flags.Error as error:
+        sys.exit(_fail(f"{str(error).rstrip('.')}; --help lists all flags."))
 
 
 def finish(argv: list[str], work: Callable[[], int], kept: Callable[[], str] | None = None) -> int:

@@ -32,7 +32,7 @@ MAX_SCENE_SIZE = 320
 HELD_BACK_START = 1_000_000
 HELD_BACK_END = HELD_BACK_START + MOST_SCENES
 # Arguments of `load_sam` that a sentence may name; on the command line they are flags.
-_ARGUMENTS = re.compile(r"(?<![\w-])(decoder_num_heads|img_size|global_attn_indexes|pixel_mean|pixel_std)\b")
+_ARGUMENTS = re.compile(r"(?<![\w*-])(decoder_num_heads|img_size|global_attn_indexes|pixel_mean|pixel_std)\b")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
