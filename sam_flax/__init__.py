@@ -1,5 +1,6 @@
 """Segment Anything in Flax: a pure function of a parameter pytree."""
 
+from sam_flax.automatic_masks import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
 from sam_flax.config import CONFIGS as CONFIGS
 from sam_flax.config import MINI as MINI
 from sam_flax.config import VIT_B as VIT_B

@@ -9,11 +9,16 @@ import numpy as np
 from sam_flax import preprocessing
 from sam_flax.config import SamConfig
 from sam_flax.errors import InputError
+from sam_flax.preprocessing import ResizeLongestSide
 from sam_flax.sam import Params, Points, Sam, SamModel
 
 # No picture has such pixels, and what is computed of larger ones means nothing; logits only must not overflow.
 LARGEST_COORDINATE = 1e6
 LARGEST_LOGIT = 1e12
+
+
+# Of numbers: lists, NumPy's, JAX's and PyTorch's arrays.
+ArrayLike = Any
 
 
 class MaskModel(Protocol):
@@ -57,6 +62,7 @@ class SamPredictor:
             assert params is not None
             model = SamModel(model, params)
         self.model: MaskModel = model
+        self.transform = ResizeLongestSide(model.config.img_size)
         self.reset_image()
 
     def reset_image(self) -> None:
@@ -86,8 +92,33 @@ class SamPredictor:
         image = preprocessing.check_image(image)
         if image_format == "BGR":
             image = np.ascontiguousarray(image[..., ::-1])
-        canvas, self.input_size = preprocessing.prepare_image(image, self.model.config)
-        self.original_size = (image.shape[0], image.shape[1])
+        self._embed(self.transform.apply_image(image), (image.shape[0], image.shape[1]))
+
+    def set_torch_image(self, transformed_image: ArrayLike, original_image_size: tuple[int, int]) -> None:
+        """Embeds an image that is resized already, in segment_anything's layout; PyTorch is not needed.
+
+        Args:
+            transformed_image: (1, 3, h, w) RGB on the scale 0..255, its longer side that of the model's canvas.
+            original_image_size: (height, width) of the image before it was resized.
+
+        Raises:
+            InputError: if the image has another shape, or not the size that this original has on the canvas.
+        """
+        self.reset_image()
+        image = _check("transformed_image", transformed_image, (1, 3, None, None))[0].transpose(1, 2, 0)
+        height, width = original_image_size
+        wanted = preprocessing.preprocess_shape(height, width, self.transform.target_length)
+        if image.shape[:2] != wanted:
+            raise InputError(
+                f"transformed_image is {image.shape[0]}x{image.shape[1]} pixels where an image of {height}x{width} is "
+                f"resized to {wanted[0]}x{wanted[1]}; resize it with transform.apply_image."
+            )
+        self._embed(image, (height, width))
+
+    def _embed(self, resized: np.ndarray, original_size: tuple[int, int]) -> None:
+        canvas = preprocessing.normalize_and_pad(resized, self.model.config)
+        self.input_size = (resized.shape[0], resized.shape[1])
+        self.original_size = original_size
         self.features = self.model.encode_image(jnp.asarray(canvas[None]))
 
     def get_image_embedding(self) -> np.ndarray:
@@ -96,10 +127,10 @@ class SamPredictor:
 
     def predict(
         self,
-        point_coords: np.ndarray | None = None,
-        point_labels: np.ndarray | None = None,
-        box: np.ndarray | None = None,
-        mask_input: np.ndarray | None = None,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        box: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -126,7 +157,7 @@ class SamPredictor:
             box = _numbers("box", box)
             box = box[0] if box.shape == (1, 4) else box  # segment_anything takes it too
 
-        def one(name: str, array: np.ndarray | None, shape: tuple[int | None, ...]) -> np.ndarray | None:
+        def one(name: str, array: ArrayLike | None, shape: tuple[int | None, ...]) -> np.ndarray | None:
             return None if array is None else _check(name, array, shape)[None]
 
         coords = one("point_coords", point_coords, (None, 2))
@@ -142,14 +173,14 @@ class SamPredictor:
 
     def predict_batch(
         self,
-        boxes: np.ndarray | None = None,
-        point_coords: np.ndarray | None = None,
-        point_labels: np.ndarray | None = None,
-        mask_input: np.ndarray | None = None,
+        boxes: ArrayLike | None = None,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
         multimask_output: bool = False,
         return_logits: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """N prompts on the current image at once; see `predict`.
+        """N prompts on the current image at once, in pixels of the original image; see `predict`.
 
         Args:
             boxes: (N, 4).
@@ -159,52 +190,89 @@ class SamPredictor:
 
         Returns:
             masks (N, M, H, W), predicted IoU (N, M), low-resolution logits (N, M, 4g, 4g).
+
+        Raises:
+            RuntimeError: if no image is set.
+            InputError: if a prompt has a wrong shape, is not finite, or lies outside the image.
         """
-        features = self._features()
-        config = self.model.config
-        points = None
-        if (point_coords is None) != (point_labels is None):
-            missing = "point_coords" if point_coords is None else "point_labels"
-            raise InputError(f"point_coords and point_labels must be given together; {missing} is missing.")
-        if point_coords is not None and point_labels is not None:
-            coords = _check("point_coords", point_coords, (None, None, 2))
-            labels = _check("point_labels", point_labels, coords.shape[:2])
-            if not np.isin(labels, (-1, 0, 1)).all():
-                raise InputError("point_labels must be 1 (object), 0 (background) or -1 (padding).")
-            height, width = self.original_size
-            inside = ((coords >= 0) & (coords <= [width, height])).all(-1) | (labels < 0)
-            if not inside.all():
-                raise InputError(
-                    f"point_coords {coords[~inside][0].tolist()} lies outside the image of {width}x{height} "
-                    "pixels; give x, y in pixels of the original image."
-                )
-            moved = preprocessing.apply_coords(coords, self.original_size, config.img_size)
-            points = (jnp.asarray(moved), jnp.asarray(labels, jnp.int32))
-        box_array = None
+        self._features()
+        points = self._checked_points(point_coords, point_labels)
+        if points is not None:
+            check_inside(points, self.original_size)
+            points = (self.transform.apply_coords(points[0], self.original_size), points[1])
         if boxes is not None:
             boxes = _check("boxes", boxes, (None, 4))
-            empty = (boxes[:, 2:] <= boxes[:, :2]).any(-1)
-            if empty.any():
-                raise InputError(
-                    f"box {boxes[empty][0].tolist()} has x1 <= x0 or y1 <= y0; give corners as x0, y0, x1, y1 in "
-                    "pixels."
-                )
-            height, width = self.original_size
-            outside = (boxes[:, :2] >= [width, height]).any(-1) | (boxes[:, 2:] <= 0).any(-1)
-            if outside.any():
-                raise InputError(
-                    f"box {boxes[outside][0].tolist()} lies outside the image of {width}x{height} pixels; "
-                    "give x0, y0, x1, y1 in pixels of the original image."
-                )
-            moved = preprocessing.apply_boxes(boxes, self.original_size, config.img_size)
-            box_array = jnp.asarray(moved)
-        mask_array = None
-        if mask_input is not None:
-            size = config.mask_size
-            mask_array = jnp.asarray(_check("mask_input", mask_input, (None, 1, size, size)))
-            mask_array = jnp.moveaxis(mask_array.astype(jnp.float32), 1, -1)
-        coordinates = None if points is None else points[0]
-        lengths = {len(a) for a in (coordinates, box_array, mask_array) if a is not None}
+            check_boxes(boxes, self.original_size)
+            boxes = self.transform.apply_boxes(boxes, self.original_size)
+        return self._predict(points, boxes, mask_input, multimask_output, return_logits)
+
+    def predict_torch(
+        self,
+        point_coords: ArrayLike | None,
+        point_labels: ArrayLike | None,
+        boxes: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """N prompts in pixels of the model's canvas, as `transform` gives them; see `predict_batch`.
+
+        The name and arguments are segment_anything's; PyTorch is not needed. Arrays of any library are taken, and those
+        returned are NumPy's.
+        """
+        self._features()
+        points = self._checked_points(point_coords, point_labels)
+        if boxes is not None:
+            boxes = _check("boxes", boxes, (None, 4))
+        return self._predict(points, boxes, mask_input, multimask_output, return_logits)
+
+    def low_resolution(
+        self,
+        points: tuple[np.ndarray, np.ndarray] | None,
+        boxes: np.ndarray | None,
+        masks: np.ndarray | None,
+        multimask_output: bool,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (N, M, 4g, 4g) and predicted IoU (N, M) of checked prompts in pixels of the canvas."""
+        low, iou = self.model.decode(
+            self._features(),
+            None if points is None else (jnp.asarray(points[0], jnp.float32), jnp.asarray(points[1], jnp.int32)),
+            None if boxes is None else jnp.asarray(boxes, jnp.float32),
+            None if masks is None else jnp.moveaxis(jnp.asarray(masks, jnp.float32), 1, -1),
+            multimask_output,
+        )
+        return np.array(low), np.array(iou)  # copies: NumPy views of JAX arrays are read-only
+
+    def at_original_size(self, logits: np.ndarray) -> np.ndarray:
+        """Low-resolution logits (..., 4g, 4g) at the size of the current image, (..., H, W) float32."""
+        size = self.model.config.img_size
+        return preprocessing.postprocess_masks(logits, self.input_size, self.original_size, size)
+
+    def _checked_points(
+        self, coords: ArrayLike | None, labels: ArrayLike | None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        if (coords is None) != (labels is None):
+            missing = "point_coords" if coords is None else "point_labels"
+            raise InputError(f"point_coords and point_labels must be given together; {missing} is missing.")
+        if coords is None:
+            return None
+        coords = _check("point_coords", coords, (None, None, 2))
+        labels = _check("point_labels", labels, coords.shape[:2])
+        if not np.isin(labels, (-1, 0, 1)).all():
+            raise InputError("point_labels must be 1 (object), 0 (background) or -1 (padding).")
+        return coords, labels
+
+    def _predict(
+        self,
+        points: tuple[np.ndarray, np.ndarray] | None,
+        boxes: np.ndarray | None,
+        mask_input: ArrayLike | None,
+        multimask_output: bool,
+        return_logits: bool,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        size = self.model.config.mask_size
+        masks = None if mask_input is None else _check("mask_input", mask_input, (None, 1, size, size))
+        lengths = {len(a) for a in (None if points is None else points[0], boxes, masks) if a is not None}
         if not lengths:
             raise InputError("No prompt was given; give point_coords with point_labels, a box, or a mask_input.")
         if len(lengths) > 1:
@@ -212,21 +280,46 @@ class SamPredictor:
                 f"Points, boxes and masks must be as many as each other but number {sorted(lengths)}; give "
                 "each kind of prompt once for every object, or leave that kind out."
             )
-
-        low_res, iou = self.model.decode(features, points, box_array, mask_array, multimask_output)
-        low = np.array(low_res)  # copies: NumPy views of JAX arrays are read-only
-        dtype = np.float32 if return_logits else np.bool_
-        masks = np.empty((*low.shape[:2], *self.original_size), dtype)
+        low, iou = self.low_resolution(points, boxes, masks, multimask_output)
+        out = np.empty((*low.shape[:2], *self.original_size), np.float32 if return_logits else np.bool_)
         # One prompt at a time: all logits of a large image at once would be gigabytes.
-        for out, logits in zip(masks, low, strict=True):
-            full = preprocessing.postprocess_masks(logits, self.input_size, self.original_size, config.img_size)
-            out[...] = full if return_logits else full > config.mask_threshold
-        return masks, np.array(iou), low
+        for place, logits in zip(out, low, strict=True):
+            full = self.at_original_size(logits)
+            place[...] = full if return_logits else full > self.model.config.mask_threshold
+        return out, iou, low
 
     def _features(self) -> jax.Array:
         if self.features is None:
             raise RuntimeError("An image must be set with .set_image(...) before mask prediction.")
         return self.features
+
+
+def check_inside(points: tuple[np.ndarray, np.ndarray], size: tuple[int, int]) -> None:
+    """Raises InputError if a point that is no padding lies outside an image of `size`, (height, width)."""
+    coords, labels = points
+    height, width = size
+    inside = ((coords >= 0) & (coords <= [width, height])).all(-1) | (labels < 0)
+    if not inside.all():
+        raise InputError(
+            f"point_coords {coords[~inside][0].tolist()} lies outside the image of {width}x{height} "
+            "pixels; give x, y in pixels of the original image."
+        )
+
+
+def check_boxes(boxes: np.ndarray, size: tuple[int, int]) -> None:
+    """Raises InputError if a box is empty or lies outside an image of `size`, (height, width)."""
+    height, width = size
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(-1)
+    if empty.any():
+        raise InputError(
+            f"box {boxes[empty][0].tolist()} has x1 <= x0 or y1 <= y0; give corners as x0, y0, x1, y1 in pixels."
+        )
+    outside = (boxes[:, :2] >= [width, height]).any(-1) | (boxes[:, 2:] <= 0).any(-1)
+    if outside.any():
+        raise InputError(
+            f"box {boxes[outside][0].tolist()} lies outside the image of {width}x{height} pixels; "
+            "give x0, y0, x1, y1 in pixels of the original image."
+        )
 
 
 def _check(name: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray:

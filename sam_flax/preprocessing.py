@@ -4,6 +4,7 @@ Source: segment_anything/utils/transforms.py (ResizeLongestSide) and modeling/sa
 postprocess_masks). All host-side NumPy: pictures come in any size, and none should trigger a compilation.
 """
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -61,7 +62,7 @@ def resize_image(image: UInt8[np.ndarray, "h w 3"], long_side: int) -> UInt8[np.
 
 
 def normalize_and_pad(
-    image: UInt8[np.ndarray, "h w 3"], config: CanvasConfig
+    image: Real[np.ndarray, "h w 3"], config: CanvasConfig
 ) -> Float32[np.ndarray, "{config.img_size} {config.img_size} 3"]:
     """A resized image -> the canvas: normalised, zeros at the right and bottom."""
     mean = np.array(config.pixel_mean, np.float32)
@@ -98,6 +99,29 @@ def apply_boxes(
     boxes = np.asarray(boxes)
     corners = apply_coords(boxes.reshape(*boxes.shape[:-1], 2, 2), original_size, long_side)
     return corners.reshape(boxes.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeLongestSide:
+    """Images, points and boxes on a canvas whose longer side they fill (segment_anything/utils/transforms.py)."""
+
+    target_length: int
+
+    def apply_image(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "new_h new_w 3"]:
+        """The image with its longer side `target_length`."""
+        return resize_image(image, self.target_length)
+
+    def apply_coords(
+        self, coords: Real[np.ndarray, "*shape 2"], original_size: tuple[int, int]
+    ) -> Float32[np.ndarray, "*shape 2"]:
+        """x, y in pixels of the original image, (height, width) large -> pixels of the canvas."""
+        return apply_coords(coords, original_size, self.target_length)
+
+    def apply_boxes(
+        self, boxes: Real[np.ndarray, "*shape 4"], original_size: tuple[int, int]
+    ) -> Float32[np.ndarray, "*shape 4"]:
+        """x0, y0, x1, y1 in pixels of the original image, (height, width) large -> pixels of the canvas."""
+        return apply_boxes(boxes, original_size, self.target_length)
 
 
 def interpolation_weights(

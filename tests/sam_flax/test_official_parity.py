@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco
 
-from sam_flax import Sam, SamModel, SamPredictor, load_sam
+from sam_flax import Sam, SamAutomaticMaskGenerator, SamConfig, SamModel, SamPredictor, load_sam
+from sam_flax.files.convert import export_state_dict
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; it comes with the extra [parity]")
 
@@ -59,6 +62,23 @@ def randomize(model: Any, seed: int) -> Any:
 # --------------------------------------------------------------------------------------- segment_anything
 
 
+def box_area(boxes: Any) -> Any:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def batched_nms(boxes: Any, scores: Any, _: Any, iou_threshold: float) -> Any:
+    """torchvision's suppression, by definition, where all boxes are of one category."""
+    area, kept = box_area(boxes), []
+    for i in torch.sort(scores, stable=True, descending=True)[1].tolist():
+        shared = torch.clamp(
+            torch.minimum(boxes[i, 2:], boxes[kept, 2:]) - torch.maximum(boxes[i, :2], boxes[kept, :2]), 0
+        )
+        shared = shared.prod(1)
+        if not (shared / (area[i] + area[kept] - shared) > iou_threshold).any():
+            kept.append(i)
+    return torch.tensor(kept, dtype=torch.int64)
+
+
 @pytest.fixture(scope="module")
 def segment_anything() -> Iterator[Any]:
     """The official package; torchvision, of which it uses one function on pictures, may be absent."""
@@ -72,7 +92,7 @@ def segment_anything() -> Iterator[Any]:
         functional.to_pil_image = Image.fromarray
         functional.resize = lambda image, size: image.resize(size[::-1], Image.Resampling.BILINEAR)
         boxes: Any = stubs["torchvision.ops.boxes"]
-        boxes.batched_nms = boxes.box_area = None  # for the automatic mask generator, not used here
+        boxes.batched_nms, boxes.box_area = batched_nms, box_area
     sys.modules.update(stubs)
     try:
         import segment_anything
@@ -154,7 +174,7 @@ def prompts_for(case: str, mask_size: int) -> dict[str, Any]:
 
 
 def decode_ours(sam: Sam, params: Any, embedding: Any, prompts: dict[str, Any], multimask: bool) -> Any:
-    ours = dict(prompts)
+    ours = jax.tree.map(jnp.asarray, prompts)
     if "masks" in ours:
         ours["masks"] = ours["masks"].transpose(0, 2, 3, 1)
     features = jnp.asarray(numpy(embedding).transpose(0, 2, 3, 1))
@@ -227,6 +247,107 @@ def test_predictor(segment_anything, vit_b, record_property, height, width):
     again = ours.predict(**prompts, mask_input=best, multimask_output=False, return_logits=True)
     their_again = theirs.predict(**prompts, mask_input=best, multimask_output=False, return_logits=True)
     assert max(relative_error(a, b) for a, b in zip(again, their_again, strict=True)) <= TOLERANCE
+
+
+def official_of(package: Any, config: SamConfig, params: Any) -> Any:
+    """The official model of a configuration, with our parameters."""
+    from functools import partial
+
+    c, modeling = config, package.modeling
+    encoder = modeling.ImageEncoderViT(
+        img_size=c.img_size,
+        patch_size=c.patch_size,
+        embed_dim=c.embed_dim,
+        depth=c.depth,
+        num_heads=c.num_heads,
+        mlp_ratio=c.mlp_ratio,
+        out_chans=c.out_chans,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=c.window_size,
+        global_attn_indexes=c.global_attn_indexes,
+    )
+    prompts = modeling.PromptEncoder(c.out_chans, (c.grid, c.grid), (c.img_size, c.img_size), c.mask_in_chans)
+    transformer = modeling.TwoWayTransformer(c.decoder_depth, c.out_chans, c.decoder_num_heads, c.decoder_mlp_dim)
+    decoder = modeling.MaskDecoder(
+        transformer_dim=c.out_chans,
+        transformer=transformer,
+        iou_head_depth=c.iou_head_depth,
+        iou_head_hidden_dim=c.iou_head_hidden_dim,
+    )
+    model = modeling.Sam(encoder, prompts, decoder, list(c.pixel_mean), list(c.pixel_std))
+    state = {name: torch.from_numpy(value) for name, value in export_state_dict(params).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"pixel_mean", "pixel_std"} and not unexpected
+    return model.eval()
+
+
+def shapes_on_a_plane() -> np.ndarray:
+    """Five discs and a bar, 150x200 pixels."""
+    picture = Image.new("RGB", (200, 150), (90, 120, 150))
+    draw = ImageDraw.Draw(picture)
+    for i, (x, y, r) in enumerate([(40, 40, 25), (120, 50, 30), (170, 110, 20), (60, 110, 28), (110, 115, 12)]):
+        draw.ellipse([x - r, y - r, x + r, y + r], fill=(i * 70 % 255, (i * 120 + 60) % 255, (200 - i * 30) % 255))
+    draw.rectangle([5, 80, 25, 140], fill=(240, 230, 40))
+    return np.asarray(picture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"points_per_side": 8, "pred_iou_thresh": 0.7, "stability_score_thresh": 0.8},
+        {
+            "points_per_side": 6,
+            "points_per_batch": 10,
+            "pred_iou_thresh": 0.6,
+            "stability_score_thresh": 0.5,
+            "crop_n_layers": 1,
+            "crop_n_points_downscale_factor": 2,
+            "min_mask_region_area": 30,
+        },
+        {"points_per_side": 4, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.0, "crop_n_layers": 2},
+    ],
+)
+def test_automatic_masks(segment_anything, record_property, arguments):
+    sam, params = load_sam("mini")
+    official = official_of(segment_anything, sam.config, params)
+    arguments = arguments | {"output_mode": "coco_rle"}
+    want = segment_anything.SamAutomaticMaskGenerator(official, **arguments).generate(shapes_on_a_plane())
+    got = SamAutomaticMaskGenerator(SamModel(sam, params), **arguments).generate(shapes_on_a_plane())
+    record_property("records", len(want))
+    assert len(got) == len(want) > 2
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours["bbox"] == theirs["bbox"] and ours["crop_box"] == theirs["crop_box"]
+        assert ours["point_coords"] == theirs["point_coords"] and abs(ours["area"] - theirs["area"]) <= 2
+        if theirs["area"]:  # with no threshold on the stability, a mask may be empty and its stability NaN
+            assert coco.iou([ours["segmentation"]], [theirs["segmentation"]], [0])[0, 0] > 0.995
+        assert abs(ours["predicted_iou"] - theirs["predicted_iou"]) < 1e-4
+        np.testing.assert_allclose(ours["stability_score"], theirs["stability_score"], atol=1e-2)
+
+
+def test_prompts_on_the_canvas(segment_anything, sam_tiny):
+    """`predict_torch` with the coordinates of `transform`, and an image that is resized already."""
+    config, params = sam_tiny
+    theirs, ours = (
+        segment_anything.SamPredictor(official_of(segment_anything, config, params)),
+        SamPredictor(SamModel(Sam(config), params)),
+    )
+    image = shapes_on_a_plane()
+    resized = theirs.transform.apply_image(image)
+    np.testing.assert_array_equal(ours.transform.apply_image(image), resized)
+    chw = np.ascontiguousarray(resized.transpose(2, 0, 1))[None]
+    theirs.set_torch_image(torch.from_numpy(chw), image.shape[:2])
+    ours.set_torch_image(torch.from_numpy(chw), image.shape[:2])
+    coords, labels = np.array([[[40.0, 40], [60, 60]], [[120, 50], [9, 9]]]), np.array([[1, 0], [1, 1]])
+    boxes = np.array([[10.0, 20, 70, 80], [90, 20, 150, 80]])
+    moved = theirs.transform.apply_coords(coords, image.shape[:2]), theirs.transform.apply_boxes(boxes, image.shape[:2])
+    np.testing.assert_allclose(ours.transform.apply_coords(coords, image.shape[:2]), moved[0], rtol=1e-6)
+    np.testing.assert_allclose(ours.transform.apply_boxes(boxes, image.shape[:2]), moved[1], rtol=1e-6)
+    points = torch.from_numpy(moved[0].astype(np.float32)), torch.from_numpy(labels)
+    prompts = {"boxes": torch.from_numpy(moved[1].astype(np.float32)), "return_logits": True}
+    want, got = theirs.predict_torch(*points, **prompts), ours.predict_torch(*points, **prompts)
+    assert max(relative_error(a, numpy(b)) for a, b in zip(got, want, strict=True)) <= TOLERANCE
 
 
 @pytest.mark.slow

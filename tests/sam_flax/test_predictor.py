@@ -106,6 +106,53 @@ def test_masks_are_the_models_at_the_original_size(predictor, model):
     np.testing.assert_array_equal(predictor.get_image_embedding(), np.moveaxis(features, -1, 1))
 
 
+def test_prompts_on_the_canvas(predictor):
+    """`predict_torch` and `transform` as code for segment_anything uses them."""
+    size, transform = predictor.original_size, predictor.transform
+    assert transform.target_length == 128
+    moved = {
+        "point_coords": transform.apply_coords(BATCH["point_coords"], size),
+        "point_labels": BATCH["point_labels"],
+        "boxes": transform.apply_boxes(BATCH["boxes"], size),
+        "mask_input": BATCH["mask_input"],
+    }
+    want = predictor.predict_batch(**BATCH, return_logits=True)
+    for given in (moved, {name: jnp.asarray(value) for name, value in moved.items()}):
+        got = predictor.predict_torch(**given, return_logits=True)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+    single, _, _ = predictor.predict_torch(None, None, moved["boxes"], multimask_output=False)
+    assert single.shape == (2, 1, HEIGHT, WIDTH) and single.dtype == np.bool_
+    # Canvas pixels may lie outside of the image, and of the canvas: nothing tells which image they are of.
+    predictor.predict_torch(np.array([[[200.0, 5.0]]]), np.array([[1]]))
+    with pytest.raises(ValueError, match="No prompt"):
+        predictor.predict_torch(None, None)
+    with pytest.raises(ValueError, match="boxes has shape"):
+        predictor.predict_torch(None, None, boxes=np.zeros(4))
+    predictor.reset_image()
+    assert not predictor.is_image_set
+    with pytest.raises(RuntimeError, match="set_image"):
+        predictor.predict_torch(None, None, moved["boxes"])
+
+
+def test_an_image_that_is_resized_already(predictor):
+    embedding = predictor.get_image_embedding()
+    resized = predictor.transform.apply_image(picture())
+    assert resized.shape == (93, 128, 3)
+    for dtype in (np.uint8, np.float32):
+        predictor.reset_image()
+        predictor.set_torch_image(resized.transpose(2, 0, 1)[None].astype(dtype), (HEIGHT, WIDTH))
+        assert predictor.is_image_set and predictor.original_size == (HEIGHT, WIDTH)
+        np.testing.assert_array_equal(predictor.get_image_embedding(), embedding)
+    for image, size, part in (
+        (resized[None], (HEIGHT, WIDTH), "shape"),
+        (resized.transpose(2, 0, 1)[None], (HEIGHT, HEIGHT), "128x128"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            predictor.set_torch_image(image, size)
+        assert not predictor.is_image_set
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, np.float64, np.int64, np.uint8, jnp.int4])
 def test_numbers_of_every_type(predictor, dtype):
     """Values that each of them holds; JAX's small types are not NumPy's."""
