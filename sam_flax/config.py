@@ -1,10 +1,10 @@
-"""The hyper-parameters of a Segment Anything model, and the published variants.
+"""The hyper-parameters of a Segment Anything model, of every family, and the published variants of the first.
 
 Source: segment_anything/build_sam.py and modeling/*.py (facebookresearch/segment-anything).
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 from sam_flax.errors import InputError
 
@@ -13,23 +13,23 @@ DEFAULT_DECODER_HEADS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamConfig:
-    """Everything that fixes the computation graph of a SAM; the numbers live in the parameter pytree.
+class SegmenterConfig:
+    """What the prompt encoder, the mask decoder and the preprocessing of every promptable segmenter need.
 
-    Hashable, so that it can be a static argument of `jax.jit`.
+    A family of models adds what its image encoder needs. Hashable, so that it can be a static argument of `jax.jit`.
 
     Raises:
         InputError: if a size does not divide where it must.
     """
 
+    family: ClassVar[str]  # files name it
+    # How a picture becomes the canvas: its longer side resized and the rest padded, or both sides resized.
+    resize: ClassVar[Literal["pad", "squash"]] = "pad"
+    # Low-resolution logits that are handed out are cut to this size; None hands them out as they are.
+    logit_limit: ClassVar[float | None] = None
+
     img_size: int  # side of the square input canvas, pixels
-    patch_size: int  # side of one token, pixels
-    embed_dim: int  # encoder width D
-    depth: int  # encoder blocks
-    num_heads: int  # encoder attention heads
-    window_size: int  # side of a local attention window, tokens
-    global_attn_indexes: tuple[int, ...]  # blocks that attend globally
-    mlp_ratio: float = 4.0  # hidden / embed_dim of the encoder MLPs
+    patch_size: int  # side of one token of the image embedding, pixels
     out_chans: int = 256  # C: width of the image embedding, the prompts and the decoder
     mask_in_chans: int = 16  # hidden width of the mask-prompt convolutions
     decoder_depth: int = 2  # two-way blocks
@@ -43,31 +43,25 @@ class SamConfig:
     mask_threshold: float = 0.0  # on mask logits
 
     def __post_init__(self) -> None:
-        for name in ("global_attn_indexes", "pixel_mean", "pixel_std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
             if isinstance(value, int) and value < 1:
                 raise InputError(f"{field.name}={value} must be at least 1.")
         if self.img_size % self.patch_size:
             raise InputError(
                 f"img_size={self.img_size} is not a multiple of patch_size={self.patch_size}; change one of them."
             )
-        if self.embed_dim % self.num_heads:
-            raise InputError(
-                f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; change one of them."
-            )
         if self.out_chans % (2 * self.decoder_num_heads) or self.out_chans % 8:
             raise InputError(
                 f"out_chans={self.out_chans} must be a multiple of 8 and of 2*decoder_num_heads="
                 f"{2 * self.decoder_num_heads}."
             )
-        if any(not 0 <= i < self.depth for i in self.global_attn_indexes):
-            raise InputError(f"global_attn_indexes={self.global_attn_indexes} must lie in 0..depth-1={self.depth - 1}.")
 
     @property
     def grid(self) -> int:
-        """Tokens along one side of the canvas."""
+        """Tokens along one side of the image embedding."""
         return self.img_size // self.patch_size
 
     @property
@@ -80,6 +74,65 @@ class SamConfig:
         """Side of the low-resolution mask logits, pixels: four per token."""
         return 4 * self.grid
 
+    def layers(self) -> int:
+        """The largest number of modules of one kind: a file of fewer tensors cannot be of this configuration."""
+        return max(self.decoder_depth, self.num_multimask_outputs, self.iou_head_depth)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dict, with the family's name unless it is the first; `from_dict` is its inverse."""
+        family = {} if self.family == SamConfig.family else {"family": self.family}
+        return family | dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Builds a config from `to_dict` output.
+
+        Raises:
+            InputError: if fields are unknown or missing.
+        """
+        values = dict(values)
+        if values.pop("family", cls.family) != cls.family:
+            raise InputError(f"This is no configuration of the family {cls.family!r}.")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise InputError(f"SAM configuration has unknown fields {unknown}; known are {sorted(known)}.")
+        try:
+            fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+            return cls(**fields)
+        except TypeError as error:
+            raise InputError(f"SAM configuration is incomplete or mistyped: {error}.") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamConfig(SegmenterConfig):
+    """Everything that fixes the computation graph of a SAM; the numbers live in the parameter pytree.
+
+    Raises:
+        InputError: if a size does not divide where it must.
+    """
+
+    family: ClassVar[str] = "sam_vit"
+
+    embed_dim: int  # encoder width D
+    depth: int  # encoder blocks
+    num_heads: int  # encoder attention heads
+    window_size: int  # side of a local attention window, tokens
+    global_attn_indexes: tuple[int, ...]  # blocks that attend globally
+    mlp_ratio: float = 4.0  # hidden / embed_dim of the encoder MLPs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.embed_dim % self.num_heads:
+            raise InputError(
+                f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}; change one of them."
+            )
+        if any(not 0 <= i < self.depth for i in self.global_attn_indexes):
+            raise InputError(f"global_attn_indexes={self.global_attn_indexes} must lie in 0..depth-1={self.depth - 1}.")
+
+    def layers(self) -> int:
+        return max(self.depth, super().layers())
+
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
@@ -87,27 +140,6 @@ class SamConfig:
     def block_window(self, index: int) -> int:
         """Window size of encoder block `index`, 0 for global attention."""
         return 0 if index in self.global_attn_indexes else self.window_size
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable dict; `SamConfig.from_dict` is its inverse."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SamConfig":
-        """Builds a config from `to_dict` output.
-
-        Raises:
-            InputError: if fields are unknown or missing.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise InputError(f"SAM configuration has unknown fields {unknown}; known are {sorted(known)}.")
-        try:
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            return cls(**fields)
-        except TypeError as error:
-            raise InputError(f"SAM configuration is incomplete or mistyped: {error}.") from error
 
 
 VIT_B = SamConfig(

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_flax import preprocessing
-from sam_flax.config import SamConfig
+from sam_flax.config import SegmenterConfig
 from sam_flax.errors import InputError
 from sam_flax.preprocessing import ResizeLongestSide
-from sam_flax.sam import Params, Points, Sam, SamModel
+from sam_flax.sam import SamModel
+from sam_flax.segmenter import Params, Points, Segmenter
 
 # No picture has such pixels, and what is computed of larger ones means nothing; logits only must not overflow.
 LARGEST_COORDINATE = 1e6
@@ -25,7 +26,7 @@ class MaskModel(Protocol):
     """What the predictor needs of a model; `SamModel` and `ahcptq_jax.Quantized` provide it."""
 
     @property
-    def config(self) -> SamConfig: ...
+    def config(self) -> SegmenterConfig: ...
 
     def encode_image(self, images: jax.Array) -> jax.Array: ...
 
@@ -43,22 +44,22 @@ class SamPredictor:
     """Embeds an image once and answers any number of prompts on it (segment_anything/predictor.py).
 
     Args:
-        model: a `Sam` together with `params`, or alone a `SamModel` or a quantized model.
-        params: the parameters of `model` if it is a `Sam`.
+        model: a `Segmenter`, such as `Sam`, together with `params`, or alone a `SamModel` or a quantized model.
+        params: the parameters of `model` if it is a `Segmenter`.
 
     Raises:
         TypeError: if a `Sam` comes without parameters or a complete model with them.
     """
 
-    def __init__(self, model: Sam | MaskModel, params: Params | None = None):
+    def __init__(self, model: Segmenter | MaskModel, params: Params | None = None):
         complete = all(hasattr(model, name) for name in ("config", "encode_image", "decode"))
-        if isinstance(model, Sam) != (params is not None) or not complete:
+        if isinstance(model, Segmenter) != (params is not None) or not complete:
             raise TypeError(
                 f"SamPredictor takes a Sam with its params, SamPredictor(sam, params), or a complete model "
                 f"(quantized, SamModel) alone, but got {type(model).__name__} with"
                 f"{'out' if params is None else ''} params."
             )
-        if isinstance(model, Sam):
+        if isinstance(model, Segmenter):
             assert params is not None
             model = SamModel(model, params)
         self.model: MaskModel = model

@@ -27,6 +27,7 @@ from sam_flax.config import SamConfig
 from sam_flax.encoders import vit
 from sam_flax.errors import InputError
 from sam_flax.files.checkpoint import parse_config
+from sam_flax.files.families import entries_of
 from sam_flax.files.infer import infer_config
 from sam_flax.files.parameters import parameter_shapes
 from sam_flax.files.trees import check_tree
@@ -172,7 +173,7 @@ class SamVit(Architecture):
                 f"sam has {name}={given} but params are those of a SAM with {name}={found}; pass both results of one "
                 "load_sam."
             )
-        check_tree(sam.config, flatten(params), "Parameter tree")
+        check_tree(entries_of(sam.config), flatten(params), "Parameter tree")
 
     attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
 

@@ -3,7 +3,9 @@
 import dataclasses
 import re
 from functools import partial
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,10 @@ from ahcptq_jax.architectures.sites import below, intercept_sites
 from ahcptq_jax.calibration.images import prepare
 from ahcptq_jax.quantizers import Grouped, Hybrid, Uniform
 from ahcptq_jax.runtime.quantized import Quantized
-from sam_flax.encoders.vit import Block, Neck, PatchEmbed
 from sam_flax.layers import in_float32
-from sam_flax.sam import Params, SamModel, apply_embed, apply_stage, call, encoder_stages
+from sam_flax.sam import Params, SamModel, apply_stage
+from sam_flax.segmenter import call, parameters_at
+from sam_flax.stages import Stage
 
 # Fine enough that the part up to the breakpoint, a tenth of the range, still has a shape.
 HISTOGRAM_BINS = 360
@@ -132,30 +135,30 @@ def _activations(
     model: SamModel, quantized: Quantized, calib: list[tuple[np.ndarray, np.ndarray]], paths: list[str]
 ) -> dict[str, np.ndarray]:
     """Values (rows, channels) seen at encoder sites."""
-    config, encoder = model.config, model.params["image_encoder"]
-    embed = PatchEmbed(config.patch_size, config.embed_dim, parent=None)
     wanted = {path: path for path in paths}
     collected: dict[str, list[np.ndarray]] = {path: [] for path in paths}
+
+    def run(stage: Stage, inputs: tuple[Any, ...]) -> Any:
+        params, here = parameters_at(model.params, stage.prefix), below(stage.prefix, wanted)
+        if not here:
+            return apply_stage(stage.module, params, inputs[0] if len(inputs) == 1 else inputs, "float32")
+        x, seen = _observe(stage.module, params, inputs, tuple(here))
+        for path, value in seen.items():
+            collected[here[path]].append(np.asarray(value).reshape(-1, value.shape[-1]))
+        return x
+
     rng = np.random.default_rng(0)
     for index, item in enumerate(calib):
         canvas = prepare(index, item, model.sam, quantized.quant_config, rng).canvas
-        x = apply_embed(embed, {k: encoder[k] for k in ("patch_embed", "pos_embed")}, jnp.asarray(canvas[None]))
-        for key, module in encoder_stages(config):
-            here = below(f"image_encoder/{key}/", wanted)
-            if not here:
-                x = apply_stage(module, encoder[key], x, "float32")
-                continue
-            x, seen = _observe(module, encoder[key], x, tuple(here))
-            for path, value in seen.items():
-                collected[here[path]].append(np.asarray(value).reshape(-1, value.shape[-1]))
+        model.sam.stages().run(model.sam.embed(model.params, jnp.asarray(canvas[None])), run)
     return {path: np.concatenate(values) for path, values in collected.items()}
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 @in_float32
 def _observe(
-    module: Block | Neck, params: Params, x: jax.Array, paths: tuple[str, ...]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    module: nn.Module, params: Params, inputs: tuple[Any, ...], paths: tuple[str, ...]
+) -> tuple[Any, dict[str, jax.Array]]:
     """One stage's output, and the values at its sites `paths`."""
     seen: dict[str, jax.Array] = {}
 
@@ -165,4 +168,4 @@ def _observe(
         return value
 
     with intercept_sites(collect):
-        return call(module, params, x), seen
+        return call(module, params, *inputs), seen

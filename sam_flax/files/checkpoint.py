@@ -3,23 +3,25 @@
 Ours is one safetensors file whose metadata carries the whole configuration.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_flax.config import SamConfig
+from sam_flax.config import SamConfig, SegmenterConfig
 from sam_flax.errors import InputError
 from sam_flax.files.convert import adapt, convert_freeing
+from sam_flax.files.families import config_class, entries_of, module_of
 from sam_flax.files.known import Known
 from sam_flax.files.tensor_files import PathLike, file_kind, read_safetensors, write_safetensors
 from sam_flax.files.torch_archive import read_torch_file
 from sam_flax.files.trees import ParamTree, as_float, by_path, check_tree, nested
-from sam_flax.sam import Params, Sam
+from sam_flax.segmenter import Params
 
 MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "mini.safetensors"
 FORMAT = "sam_flax"
@@ -34,13 +36,14 @@ def load_sam(
     global_attn_indexes: Sequence[int] | None = None,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
-) -> tuple[Sam, ParamTree]:
-    """Loads a Segment Anything model.
+    config: SegmenterConfig | None = None,
+) -> tuple[Any, ParamTree]:
+    """Loads a promptable segmenter: a SAM with a plain ViT, or a MobileSAM. Names and shapes tell which.
 
     Args:
-        path: an official `.pth`, a `.safetensors` with Meta's or Hugging Face's names, a training checkpoint that
-            holds one of these beside other things, a file by `save_params`, or "mini" for the model that ships. The
-            content decides, not the extension.
+        path: an official `.pth` or `.pt`, a `.safetensors` with Meta's or Hugging Face's names, a training checkpoint
+            that holds one of these beside other things, a file by `save_params`, or "mini" for the model that ships.
+            The content decides, not the extension.
         decoder_num_heads: heads of the mask decoder, which no file but ours says; 8, as in every published SAM, is
             assumed with a warning where the width of the decoder is another than theirs.
         img_size: side of the canvas in pixels, for a model that is to run at another size than its absolute positions
@@ -49,9 +52,12 @@ def load_sam(
             asks for it.
         pixel_mean, pixel_std: RGB on the scale 0..255, for a model trained with others than the file says, or SAM's
             own where it says nothing.
+        config: the configuration, for other people's weights whose names and shapes do not show it: a model that is no
+            plain-ViT SAM and of no published size.
 
     Returns:
-        The Linen module, with its configuration, and its parameters as JAX arrays, which carry the configuration too.
+        The Linen module, a `Segmenter`, with its configuration, and its parameters as JAX arrays, which
+        carry the configuration too.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -74,7 +80,7 @@ def load_sam(
             raise FileNotFoundError(
                 f"The packaged weights {path} are missing; reinstall the package or run experiments.train_mini."
             )
-    config, params = _load(Path(path), known)
+    config, params = _load(Path(path), known, config)
     # An array that stands at several places is one array on the device too.
     arrays: dict[int, jax.Array] = {}
     leaves, structure = jax.tree.flatten(params)
@@ -82,26 +88,28 @@ def load_sam(
         if id(leaf) not in arrays:
             arrays[id(leaf)] = jnp.asarray(leaf)
     tree = jax.tree.unflatten(structure, [arrays[id(leaf)] for leaf in leaves])
-    return Sam(config), ParamTree(tree, config)
+    return module_of(config), ParamTree(tree, config)
 
 
-def _load(path: Path, known: Known) -> tuple[SamConfig, Params]:
+def _load(path: Path, known: Known, config: SegmenterConfig | None) -> tuple[Any, Params]:
     """The configuration and the NumPy parameters of anybody's file."""
     source = f"Checkpoint {path}"
     if file_kind(path) == "torch":
-        return convert_freeing(read_torch_file(path), known, source)
+        return convert_freeing(read_torch_file(path), known, source, config)
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") == "ahcptq_jax":
         raise InputError(
             f"{source} is a quantized model; load it with ahcptq_jax.load, or on the command line with --artefact."
         )
     if metadata.get("format") == FORMAT:
+        if config is not None:
+            raise InputError(f"{source} says its configuration itself; leave config out.")
         config, params = _from_own(path, tensors, metadata)
         return adapt(config, params, known, source)
-    return convert_freeing(tensors, known, source)
+    return convert_freeing(tensors, known, source, config)
 
 
-def load_params(path: PathLike) -> tuple[SamConfig, Params]:
+def load_params(path: PathLike) -> tuple[Any, Params]:
     """Reads what `save_params` wrote.
 
     Args:
@@ -123,7 +131,7 @@ def load_params(path: PathLike) -> tuple[SamConfig, Params]:
 
 def save_params(
     path: PathLike,
-    config: SamConfig,
+    config: SegmenterConfig,
     params: Mapping[str, Any],
     dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
@@ -150,13 +158,13 @@ def save_params(
         raise InputError(f"save_params got dtype={dtype!r}; use 'float32' or 'float16'.")
     flat = by_path(params)
     source = f"Parameter tree for {path}"
-    check_tree(config, flat, source)
+    check_tree(entries_of(config), flat, source)
     tensors = {k: np.ascontiguousarray(as_float(k, v, source, dtype)) for k, v in sorted(flat.items())}
     metadata = {"config": json.dumps(config.to_dict(), sort_keys=True), "format": FORMAT, "version": VERSION}
     write_safetensors(path, tensors, metadata)
 
 
-def _from_own(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[SamConfig, Params]:
+def _from_own(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[Any, Params]:
     source = f"Checkpoint {path}"
     if metadata.get("format") != FORMAT:
         raise InputError(f"{source} was not written by save_params; use load_sam for other people's weights.")
@@ -166,14 +174,13 @@ def _from_own(path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str,
             f"{VERSION!r}; use the package version that wrote it."
         )
     config = parse_config(metadata.get("config", ""), source)
-    counts = (config.depth, config.decoder_depth, config.num_multimask_outputs, config.iou_head_depth)
-    if max(counts) > len(tensors):
+    if config.layers() > len(tensors):
         raise InputError(f"{source} has a configuration of more layers than its {len(tensors)} tensors; save it again.")
-    check_tree(config, tensors, source)
+    check_tree(entries_of(config), tensors, source)
     return config, nested({k: as_float(k, v, source) for k, v in tensors.items()})
 
 
-def parse_config(text: str, source: str) -> SamConfig:
+def parse_config(text: str, source: str) -> Any:
     """The configuration in a file's metadata, with its types checked: the file may come from anywhere.
 
     Raises:
@@ -186,22 +193,30 @@ def parse_config(text: str, source: str) -> SamConfig:
         raise InputError(f"{source} has no readable configuration in its metadata; {remedy}.") from None
     if not isinstance(values, dict):
         raise InputError(f"{source} has a configuration that is not a JSON object; {remedy}.")
+    family = values.pop("family", SamConfig.family)
+    if not isinstance(family, str):
+        raise InputError(f"{source} has a family of models that is not a name; {remedy}.")
+    cls = config_class(family)
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
     for name, value in values.items():
-        items = value if isinstance(value, list) else [value]
-        real = name in ("mlp_ratio", "mask_threshold", "pixel_mean", "pixel_std")
-        listed = name in ("global_attn_indexes", "pixel_mean", "pixel_std")
-        smallest = 0 if listed or name in ("window_size", "num_multimask_outputs") else 1
-        sound = isinstance(value, list) == listed and all(
-            -1e6 < item < 1e6 if real and type(item) is float else type(item) is int and abs(item) < 1 << 31
-            for item in items
-        )
-        if (
-            not sound
-            or (not real and min(items, default=smallest) < smallest)
-            or (name.startswith("pixel") and len(items) != 3)
-        ):
+        if name in types and not _is_of_type(name, value, types[name]):
             raise InputError(f"{source} has {name[:40]} = {str(value)[:40]} in its configuration; {remedy}.")
     try:
-        return SamConfig.from_dict(values)
+        return cls.from_dict(values)
     except ValueError as error:
         raise InputError(f"{source} has an unusable configuration: {error}") from None
+
+
+def _is_of_type(name: str, value: Any, wanted: Any) -> bool:
+    """Whether a value from JSON is of a field's type, `int`, `float` or a tuple of them, and of a sane size."""
+    inner = get_args(wanted)
+    listed = bool(inner)
+    if isinstance(value, list) != listed:
+        return False
+    items = value if listed else [value]
+    if listed and Ellipsis not in inner and len(items) != len(inner):
+        return False
+    if (inner[0] if listed else wanted) is float:
+        return all(type(item) in (int, float) and -1e6 < item < 1e6 for item in items)
+    smallest = 0 if listed or name in ("window_size", "num_multimask_outputs") else 1
+    return all(type(item) is int and smallest <= item < 1 << 31 for item in items)

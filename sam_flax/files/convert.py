@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sam_flax.config import SamConfig
+from sam_flax.config import SamConfig, SegmenterConfig
 from sam_flax.errors import InputError
+from sam_flax.files.families import convert_other, told
 from sam_flax.files.infer import attention_of_blocks, match
 from sam_flax.files.known import Known
 from sam_flax.files.parameters import PERMUTATIONS, Dims, parameter_shapes, parameter_table
@@ -25,18 +26,21 @@ def convert(
     global_attn_indexes: Sequence[int] | None = None,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
+    config: SegmenterConfig | None = None,
     source: str = "State dict",
-) -> tuple[SamConfig, Params]:
-    """Turns a SAM state dict into our configuration and parameter tree.
+) -> tuple[Any, Params]:
+    """Turns a state dict of any family of models into our configuration and parameter tree.
 
-    Meta's names and those of transformers' `SamModel` are accepted, with or without a common prefix such as
-    `module.` or `model.`. `pixel_mean` and `pixel_std`, where present, go into the configuration. Tables of relative
-    positions of another length than the model's grid needs are interpolated as the official code does when it runs.
+    Meta's names and those of transformers' `SamModel` are accepted, and MobileSAM's, with or without a common prefix
+    such as `module.` or `model.`. `pixel_mean` and `pixel_std`, where present, go into the configuration. Tables of
+    relative positions of another length than the model's grid needs are interpolated as the official code does when it
+    runs.
 
     Args:
         state_dict: name -> array, as `read_state_dict` returns it.
         decoder_num_heads, img_size, global_attn_indexes, pixel_mean, pixel_std: what names and shapes do not show, as
             for `load_sam`.
+        config: as for `load_sam`.
         source: what to call the state dict in errors.
 
     Returns:
@@ -55,11 +59,17 @@ def convert(
         pixel_mean=pixel_mean,
         pixel_std=pixel_std,
     )
-    return convert_freeing(dict(state_dict), known, source)
+    return convert_freeing(dict(state_dict), known, source, config)
 
 
-def convert_freeing(state_dict: dict[str, Any], known: Known, source: str) -> tuple[SamConfig, Params]:
+def convert_freeing(
+    state_dict: dict[str, Any], known: Known, source: str, config: SegmenterConfig | None = None
+) -> tuple[Any, Params]:
     """`convert` on a dict that it empties, so that source and result need not both fit in memory."""
+    if (other := convert_other(state_dict, config, known, source)) is not None:
+        return other
+    if config is not None:
+        raise InputError(f"{source} is a plain SAM, whose configuration its names and shapes show; leave config out.")
     config, names, tensors = match(state_dict, known, source)
     state_dict.clear()
     flat: dict[str, np.ndarray] = {}
@@ -91,13 +101,15 @@ def _read_only_view(array: Any) -> tuple[Any, ...] | None:
     return (array.__array_interface__["data"][0], array.dtype.str, array.shape, array.strides)
 
 
-def adapt(config: SamConfig, params: Params, known: Known, source: str) -> tuple[SamConfig, Params]:
+def adapt(config: SegmenterConfig, params: Params, known: Known, source: str) -> tuple[SegmenterConfig, Params]:
     """A model of our own file with what the user says of it: other pixel statistics, another canvas.
 
     Raises:
         InputError: if the file says something else, or does not tell global blocks where they matter.
     """
     known.check_own(config, source)
+    if not isinstance(config, SamConfig):
+        return told(config, known), params
     config = dataclasses.replace(config, **known.statistics())
     grid, blocks = known.grid(config.grid, config.patch_size), known.global_attn_indexes
     if grid == config.grid and blocks in (None, config.global_attn_indexes):

@@ -6,7 +6,6 @@ those of the windowed ones; see `attention_of_blocks` for where that is not enou
 """
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import numpy as np
 from sam_flax.config import DEFAULT_DECODER_HEADS, VIT_B, SamConfig
 from sam_flax.errors import InputError, warn
 from sam_flax.files.known import Known
-from sam_flax.files.parameters import HF_POSITIONS, PERMUTATIONS, Dims, Shape, parameter_table
+from sam_flax.files.parameters import HF_POSITIONS, PERMUTATIONS, Dims, Shape, parameter_table, ratio
 from sam_flax.files.trees import as_float, by_path, check_names, check_shapes, check_tree, check_tree_names, shown
 
 _POSITIONS = "image_encoder/pos_embed"
@@ -50,7 +49,7 @@ def infer_config(tree: Mapping[str, Any], *, decoder_num_heads: int | None = Non
     # Our own tables are never interpolated at run time: one as long as the grid is a global block's.
     whole = tuple(i for i, pair in enumerate(_table_lengths(shapes)) if pair == (2 * grid - 1,) * 2)
     config = _infer(shapes, dataclasses.replace(known, global_attn_indexes=whole), source, {})
-    check_tree(config, flat, source)
+    check_tree(parameter_table(Dims.from_config(config)), flat, source)
     return config
 
 
@@ -180,7 +179,7 @@ def _infer(
             num_heads=width // head_dim,
             window_size=window_size,
             global_attn_indexes=global_blocks,
-            mlp_ratio=_ratio(shapes["image_encoder/blocks_0/mlp/lin1/kernel"][1], width),
+            mlp_ratio=ratio(shapes["image_encoder/blocks_0/mlp/lin1/kernel"][1], width),
             out_chans=chans,
             mask_in_chans=shapes["prompt_encoder/mask_downscaling/conv2/kernel"][3],
             decoder_depth=counts.decoder_depth,
@@ -265,9 +264,3 @@ def _global_blocks(lengths: list[tuple[int, int]], native: int) -> tuple[int, ..
 
 def _where(lengths: list[tuple[int, int]], pair: tuple[int, int]) -> tuple[int, ...]:
     return tuple(i for i, other in enumerate(lengths) if other == pair)
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """The ratio that `int(width * ratio)` turns into `hidden`, rounding error or not."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

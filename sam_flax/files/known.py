@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sam_flax.config import SamConfig
+from sam_flax.config import SegmenterConfig
 from sam_flax.errors import InputError
 
 MAX_IMG_SIZE = 8192
@@ -67,7 +67,7 @@ class Known:
             )
         return self.img_size // patch_size
 
-    def check_own(self, config: SamConfig, source: str) -> None:
+    def check_own(self, config: SegmenterConfig, source: str) -> None:
         """Raises InputError if a file that says its decoder heads itself says others."""
         if self.decoder_num_heads not in (None, config.decoder_num_heads):
             raise InputError(

@@ -5,13 +5,14 @@ One table, `parameter_table`, holds every parameter's path in our tree, its name
 checks or writes weights reads that table.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from sam_flax.config import SamConfig
+from sam_flax.config import SamConfig, SegmenterConfig
 
 Shape = tuple[int, ...]
 
@@ -31,8 +32,9 @@ class Entry(NamedTuple):
     path: str  # ours, '/'-joined
     official: tuple[str, ...]  # Meta's; several names are concatenated along axis 0
     hugging_face: tuple[str, ...]
-    kind: str  # key of PERMUTATIONS, or "same"
+    kind: str  # key of PERMUTATIONS, "same", or one of `assembly.ASSEMBLIES`
     shape: Shape  # in our layout
+    heads: int = 1  # of the attention that a "qkv_by_head" belongs to
 
     def official_shape(self) -> Shape:
         """Shape of each tensor of an official file that this parameter is made of."""
@@ -83,6 +85,20 @@ class Dims(NamedTuple):
         )
 
     @classmethod
+    def of_heads(cls, config: SegmenterConfig) -> "Dims":
+        """Those of the prompt encoder and of the mask decoder, of any family."""
+        return cls(
+            depth=0,
+            decoder_depth=config.decoder_depth,
+            num_masks=config.num_multimask_outputs + 1,
+            iou_depth=config.iou_head_depth,
+            chans=config.out_chans,
+            mask_chans=config.mask_in_chans,
+            decoder_mlp=config.decoder_mlp_dim,
+            iou_hidden=config.iou_head_hidden_dim,
+        )
+
+    @classmethod
     def from_names(cls, names: Iterable[str], hugging_face: bool) -> "Dims":
         """The four counts that the names of a state dict show."""
         counts = _distinct_indexes(
@@ -112,8 +128,19 @@ def _distinct_indexes(names: Iterable[str], *patterns: str) -> tuple[int, int, i
     """For each of four patterns the number of distinct indexes, so that an absurd index is one unexpected name."""
     names = list(names)
     # At least one each: a model without any lacks them, and the error should say so.
-    first, second, third, fourth = (max(1, len({m[1] for n in names if (m := re.match(p, n))})) for p in patterns)
+    first, second, third, fourth = (max(1, distinct(names, pattern)) for pattern in patterns)
     return first, second, third, fourth
+
+
+def distinct(names: Iterable[str], pattern: str) -> int:
+    """How many different first groups a pattern has at the start of names."""
+    return len({m[1] for name in names if (m := re.match(pattern, name))})
+
+
+def ratio(hidden: int, width: int) -> float:
+    """The ratio that `int(width * ratio)` turns into `hidden`, rounding error or not."""
+    value = hidden / width
+    return value if int(width * value) == hidden else math.nextafter(value, math.inf)
 
 
 def parameter_shapes(config: SamConfig) -> dict[str, Shape]:
@@ -123,15 +150,20 @@ def parameter_shapes(config: SamConfig) -> dict[str, Shape]:
 
 def parameter_table(d: Dims) -> list[Entry]:
     """Every parameter of the model with dimensions `d`; given the counts alone, shapes are right in rank only."""
-    table = _Table()
+    table = Table()
     _image_encoder(table, d)
-    _prompt_encoder(table, d)
-    _mask_decoder(table, d)
+    add_heads(table, d)
     return table.entries
 
 
-class _Table:
-    """Entries as they are added, by the names of their layer: our path, Meta's and Hugging Face's name."""
+def add_heads(table: "Table", d: Dims) -> None:
+    """Adds every parameter of the prompt encoder and of the mask decoder."""
+    _prompt_encoder(table, d)
+    _mask_decoder(table, d)
+
+
+class Table:
+    """The entries of a model, added by the names of their layers: our path, Meta's and Hugging Face's name."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -165,7 +197,7 @@ class _Table:
         self.linear(f"{path}/out_proj", f"{dotted}.out_proj", f"{dotted}.out_proj", inner, width)
 
 
-def _image_encoder(table: _Table, d: Dims) -> None:
+def _image_encoder(table: Table, d: Dims) -> None:
     root, hf_root, c, width = "image_encoder", "vision_encoder", d.chans, d.width
     table.add(f"{root}/pos_embed", f"{root}.pos_embed", f"{hf_root}.pos_embed", (1, d.grid, d.grid, width))
     ours, meta, hf = f"{root}/patch_embed/proj", f"{root}.patch_embed.proj", f"{hf_root}.patch_embed.projection"
@@ -188,7 +220,7 @@ def _image_encoder(table: _Table, d: Dims) -> None:
     table.norm(f"{ours}/norm2", f"{meta}.3", f"{hf}.layer_norm2", c)
 
 
-def _prompt_encoder(table: _Table, d: Dims) -> None:
+def _prompt_encoder(table: Table, d: Dims) -> None:
     root, c, m, half = "prompt_encoder", d.chans, d.mask_chans, d.mask_chans // 4
     gaussian = "positional_encoding_gaussian_matrix"
     table.add(f"{root}/pe_layer/{gaussian}", f"{root}.pe_layer.{gaussian}", HF_POSITIONS[0], (2, c // 2))
@@ -211,7 +243,7 @@ def _prompt_encoder(table: _Table, d: Dims) -> None:
     table.layer(f"{ours}/conv3", f"{meta}.6", f"{hf}.conv3", "conv", (1, 1, m, c))
 
 
-def _mask_decoder(table: _Table, d: Dims) -> None:
+def _mask_decoder(table: Table, d: Dims) -> None:
     root, c = "mask_decoder", d.chans
     for name, count in (("iou_token", 1), ("mask_tokens", d.num_masks)):
         table.add(f"{root}/{name}", f"{root}.{name}.weight", f"{root}.{name}.weight", (count, c))

@@ -1,13 +1,13 @@
 """Parameter trees by path, and the sentences with which a tree that does not fit its model is refused."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 
-from sam_flax.config import SamConfig
+from sam_flax.config import SegmenterConfig
 from sam_flax.errors import InputError
 from sam_flax.files.parameters import Dims, Entry, parameter_table
 from sam_flax.sam import Params
@@ -27,19 +27,19 @@ class ParamTree(dict[str, Any]):
         config: the configuration, with what shapes do not show: decoder heads, pixel statistics, mask threshold.
     """
 
-    def __init__(self, values: Mapping[str, Any], config: SamConfig) -> None:
+    def __init__(self, values: Mapping[str, Any], config: SegmenterConfig) -> None:
         super().__init__(values)
         self.config = config
 
     def tree_flatten_with_keys(
         self,
-    ) -> tuple[list[tuple[jax.tree_util.DictKey, Any]], tuple[tuple[str, ...], SamConfig]]:
+    ) -> tuple[list[tuple[jax.tree_util.DictKey, Any]], tuple[tuple[str, ...], SegmenterConfig]]:
         """Children in the order of a dict's: sorted by name."""
         names = tuple(sorted(self))
         return [(jax.tree_util.DictKey(name), self[name]) for name in names], (names, self.config)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[tuple[str, ...], SamConfig], children: Iterable[Any]) -> "ParamTree":
+    def tree_unflatten(cls, static: tuple[tuple[str, ...], SegmenterConfig], children: Iterable[Any]) -> "ParamTree":
         names, config = static
         return cls(dict(zip(names, children, strict=True)), config)
 
@@ -69,9 +69,8 @@ def check_tree_names(flat: Mapping[str, Any], source: str) -> list[Entry]:
     return entries
 
 
-def check_tree(config: SamConfig, flat: Mapping[str, Any], source: str) -> None:
-    """InputError if a flat tree has not exactly the parameters, and their shapes, that `config` says."""
-    entries = parameter_table(Dims.from_config(config))
+def check_tree(entries: Sequence[Entry], flat: Mapping[str, Any], source: str) -> None:
+    """InputError if a flat tree has not exactly the parameters, and their shapes, that a model's table says."""
     check_names((entry.path for entry in entries), flat, source)
     wrong = []
     for entry in entries:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sam_flax.config import SamConfig
+from sam_flax.config import SegmenterConfig
 from sam_flax.layers import MLP, Linear, MLPBlock, Site, UpConv, gelu, layer_norm
 
 
@@ -116,7 +116,7 @@ class OutputUpscaling(nn.Module):
 class MaskDecoder(nn.Module):
     """Image embedding and prompt embeddings to mask logits and predicted IoU."""
 
-    config: SamConfig
+    config: SegmenterConfig
 
     def setup(self) -> None:
         c = self.config

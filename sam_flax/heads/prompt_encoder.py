@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from sam_flax.config import SamConfig
+from sam_flax.config import SegmenterConfig
 from sam_flax.errors import InputError
 from sam_flax.layers import PatchConv, gelu, layer_norm
 
@@ -45,7 +45,7 @@ class MaskDownscaling(nn.Module):
 class PromptEncoder(nn.Module):
     """Embeds prompts given in pixels of the model's canvas."""
 
-    config: SamConfig
+    config: SegmenterConfig
 
     def setup(self) -> None:
         c = self.config.out_chans

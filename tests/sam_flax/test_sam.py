@@ -24,7 +24,8 @@ from sam_flax.encoders.vit import (
     window_unpartition,
 )
 from sam_flax.layers import Conv, PatchConv, Site, UpConv, project
-from sam_flax.sam import _random_like, apply_embed, apply_stage, encoder_stages
+from sam_flax.sam import apply_embed, apply_stage, encoder_stages
+from sam_flax.segmenter import random_like
 
 CASES = ("box1", "box3", "points", "points_pad", "mask", "box1_points", "box1_mask")
 
@@ -423,7 +424,7 @@ def test_init_params_equal_flax_init_in_shape(sam_tiny):
 
 def test_init_values(sam_tiny):
     block = sam_tiny[1]["image_encoder"]["blocks_0"]  # the whole model would take many compilations
-    first, again, other = (_random_like(block, jax.random.key(seed)) for seed in (0, 0, 1))
+    first, again, other = (random_like(block, jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     kernel, width = first["mlp"]["lin1"]["kernel"], 64
     assert not np.array_equal(kernel, other["mlp"]["lin1"]["kernel"])

@@ -20,7 +20,8 @@ from sam_flax import MINI, VIT_B, VIT_H, VIT_L, SamPredictor
 from sam_flax.encoders import vit
 from sam_flax.encoders.vit import Block
 from sam_flax.layers import Conv, Linear, conv_same
-from sam_flax.sam import _random_like, call
+from sam_flax.sam import call
+from sam_flax.segmenter import random_like
 
 BOXES = jnp.asarray([[10.0, 12, 70, 80], [30, 5, 90, 100]])
 
@@ -86,7 +87,7 @@ def sam_b_block():
     block = Block(dim=768, num_heads=12, mlp_dim=3072, window=14, grid=14, parent=None)
     x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (1, 14, 14, 768)), jnp.float32)
     shapes = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
-    params = flatten(_random_like(shapes, jax.random.key(1)))
+    params = flatten(random_like(shapes, jax.random.key(1)))
     rng = np.random.default_rng(1)
     labels = jnp.asarray(rng.choice(4, 768, p=[0.5, 0.3, 0.15, 0.05]))
     groups = Grouped(jnp.asarray([0.3, 0.25, 0.4, 0.5]), jnp.asarray([8.0, 7, 8, 9]), labels, 4)

@@ -1,0 +1,162 @@
+"""What every promptable segmenter of this package is: a Linen module with a configuration, run whole or by stages."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam_flax.config import SegmenterConfig
+from sam_flax.heads.mask_decoder import MaskDecoder
+from sam_flax.heads.prompt_encoder import PromptEncoder
+from sam_flax.stages import StageGraph
+
+Params = dict[str, Any]  # nested, float32 arrays at the leaves
+Points = tuple[jax.Array, jax.Array]
+
+
+def check_canvas(images: jax.Array, config: SegmenterConfig) -> None:
+    """Raises ValueError unless `images` is (batch, S, S, 3)."""
+    size = config.img_size
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"encode_image needs images of shape (batch, {size}, {size}, 3) but got {images.shape}; "
+            "resize and pad them with sam_flax.preprocessing."
+        )
+
+
+class Segmenter(nn.Module):
+    """A promptable segmenter as a function of a parameter pytree.
+
+    A family is a subclass that says what its image encoder is. Use
+    `model.apply({"params": params}, ..., method="encode_image" | "encode_prompts" | "decode_masks")`.
+    """
+
+    config: Any  # a `SegmenterConfig`; a family says which
+
+    @nn.nowrap
+    def make_encoder(self) -> nn.Module:
+        """The image encoder: images (B, S, S, 3) to what `decode_masks` takes."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def stages(self) -> StageGraph:
+        """The image encoder as stages behind `embed`."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def embed(self, params: Params, images: jax.Array) -> jax.Array:
+        """Images (B, S, S, 3), normalised and padded -> what the stages call `EMBEDDED`; here the images themselves.
+
+        Args:
+            params: all of the model's.
+            images: the canvases.
+
+        Raises:
+            ValueError: if the images have another size.
+        """
+        del params
+        check_canvas(images, self.config)
+        return images
+
+    def setup(self) -> None:
+        self.image_encoder = self.make_encoder()
+        self.prompt_encoder = PromptEncoder(self.config)
+        self.mask_decoder = MaskDecoder(self.config)
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """Normalised, padded images (B, S, S, 3) -> embeddings (B, g, g, C)."""
+        check_canvas(images, self.config)
+        return self.image_encoder(images)
+
+    def encode_prompts(
+        self,
+        points: Points | None = None,
+        boxes: jax.Array | None = None,
+        masks: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `PromptEncoder.__call__`: prompts -> sparse (N, T, C), dense (N, g, g, C)."""
+        return self.prompt_encoder(points, boxes, masks)
+
+    def decode_masks(
+        self,
+        image_embeddings: jax.Array,
+        sparse: jax.Array,
+        dense: jax.Array,
+        multimask_output: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Embeddings -> logits (N, M, 4g, 4g), predicted IoU (N, M); `multimask_output`: M = 3, else 1."""
+        if image_embeddings.shape[0] not in (1, sparse.shape[0]):
+            raise ValueError(
+                f"There are {image_embeddings.shape[0]} image embeddings for {sparse.shape[0]} prompts; give one for "
+                "all prompts or one for each."
+            )
+        pe = self.prompt_encoder.get_dense_pe()
+        logits, iou = self.mask_decoder(image_embeddings, pe, sparse, dense)
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        return logits[:, chosen], iou[:, chosen]
+
+    def decode(
+        self,
+        image_embeddings: jax.Array,
+        points: Points | None = None,
+        boxes: jax.Array | None = None,
+        masks: jax.Array | None = None,
+        multimask_output: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`encode_prompts` and `decode_masks` in one."""
+        sparse, dense = self.encode_prompts(points, boxes, masks)
+        return self.decode_masks(image_embeddings, sparse, dense, multimask_output)
+
+    def __call__(
+        self,
+        images: jax.Array,
+        points: Points | None = None,
+        boxes: jax.Array | None = None,
+        masks: jax.Array | None = None,
+        multimask_output: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Images (1 or N, S, S, 3) with N prompts -> logits and predicted IoU."""
+        return self.decode(self.encode_image(images), points, boxes, masks, multimask_output)
+
+    def init_params(self, key: jax.Array) -> Params:
+        """Random float32 parameters, every branch included."""
+        size, mask = self.config.img_size, self.config.mask_size
+        images = jnp.zeros((1, size, size, 3))
+        points = (jnp.zeros((1, 1, 2)), jnp.ones((1, 1), jnp.int32))
+        args = (images, points, jnp.zeros((1, 4)), jnp.zeros((1, mask, mask, 1)))
+        shapes = jax.eval_shape(self.init, key, *args)
+        # Initialised without running the forward pass: at SAM-H size that pass costs minutes.
+        return random_like(shapes["params"], key)
+
+
+def call(module: nn.Module, params: Params, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+    """A module as a function of its parameters."""
+    return module.apply({"params": params}, *args, method=method, **kwargs)
+
+
+def parameters_at(params: Params, prefix: str) -> Params:
+    """The part of nested parameters at a path such as "image_encoder/blocks_0/"."""
+    for key in prefix.strip("/").split("/"):
+        params = params[key]
+    return params
+
+
+def random_like(shapes: Params, key: jax.Array) -> Params:
+    """Draws parameters of the given shapes with the layers' own initialisers, leaf by leaf."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    values = []
+    for index, (path, leaf) in enumerate(leaves):
+        leaf_key, name = jax.random.fold_in(key, index), path[-1].key
+        if name == "kernel":
+            init = nn.initializers.xavier_uniform() if leaf.ndim == 2 else nn.initializers.lecun_normal()
+        elif name == "scale":
+            init = nn.initializers.ones
+        elif name in ("pos_embed", "pos_embed_window", "no_mem_embed"):
+            init = nn.initializers.normal(0.02)
+        elif name in ("bias", "rel_pos_h", "rel_pos_w", "attention_biases"):
+            init = nn.initializers.zeros
+        else:  # tokens, embeddings and the Fourier matrix
+            init = nn.initializers.normal(1.0)
+        values.append(init(leaf_key, leaf.shape, leaf.dtype))
+    return jax.tree_util.tree_unflatten(treedef, values)
