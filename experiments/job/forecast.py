@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from ahcptq_jax.architectures import architecture_of
 from experiments.job.options import FLOAT, Options
 from experiments.job.plan import Inputs
 from hwcost.counts.counts import count
-from sam_flax.config import SamConfig
+from sam_flax.sam import Sam
 
 # Share of the machine's float32 product rate that the encoder reaches: 0.73 to 0.81 for SAM-B, -L and -H.
 _REACHED = 0.75
@@ -73,7 +74,7 @@ def forecast(inputs: Inputs, options: Options, speed: float) -> Forecast:
         options: the run.
         speed: from `product_rate`.
     """
-    encode, decode = _seconds_of_passes(inputs.sam.config, speed)
+    encode, decode = _seconds_of_passes(inputs.sam, speed)
     prompted = [len(boxes) for boxes in inputs.boxes.per_image.values() if len(boxes)]
     chunks = sum(-(-n // 32) for n in prompted)
     once = len(prompted) * max(encode, _LEAST_SECONDS) + chunks * decode
@@ -97,9 +98,9 @@ def forecast(inputs: Inputs, options: Options, speed: float) -> Forecast:
     return Forecast(seconds, _memory(inputs, options), speed)
 
 
-def _seconds_of_passes(config: SamConfig, speed: float) -> tuple[float, float]:
+def _seconds_of_passes(sam: Sam, speed: float) -> tuple[float, float]:
     """Seconds of an image through the encoder, and of up to 32 prompts through the decoder."""
-    layers = count(config, prompts=32).layers
+    layers = count(sam.config, prompts=32, architecture=architecture_of(sam).name).layers
     encoder, decoder = (
         sum(layer.ops.macs for layer in layers if layer.part == part) for part in ("encoder", "decoder")
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ahcptq_jax.architectures import architecture_of
 from ahcptq_jax.architectures.sites import below, intercept_sites
 from ahcptq_jax.calibration.images import prepare
 from ahcptq_jax.quantizers import Grouped, Hybrid, Uniform
@@ -117,11 +118,13 @@ def layer_panels(
 
 def _spread(quantized: Quantized, kind: type, count: int) -> list[str]:
     """`count` encoder sites of a kind, evenly from first to last."""
+    architecture = architecture_of(quantized.sam)
+    encoder = set(architecture.parts) - set(architecture.decoder_parts)
     paths = sorted(
         (
             path
             for path, quantizer in quantized.activations.items()
-            if isinstance(quantizer, kind) and path.startswith("image_encoder/")
+            if isinstance(quantizer, kind) and path.split("/")[0] in encoder
         ),
         # Block 10 comes after block 9, not after block 1.
         key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)],
