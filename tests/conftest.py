@@ -12,7 +12,7 @@ import pytest
 
 # Shapes and types in the signatures of these modules are checked whenever tests run. The others take what users give,
 # and check it themselves. The hook stands before the imports that it is for.
-CHECKED = ("layers", "sam", "encoders", "heads", "preprocessing")
+CHECKED = ("layers", "convolutions", "encoders", "heads", "sam", "segmenter", "preprocessing")
 jaxtyping.install_import_hook([f"sam_flax.{name}" for name in CHECKED], "beartype.beartype")
 
 from sam_flax import SamConfig
