@@ -8,7 +8,6 @@ same flags to go on after an interruption. Writes to `--out`: `state.npz` (to re
 held-back photographs and scenes), `mini.safetensors`.
 """
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -17,11 +16,12 @@ from absl import app, flags
 from experiments.mini.atlas import AtlasSettings, build_atlas
 from experiments.mini.augment import BatchSettings
 from experiments.mini.folders import find_folders, list_records
+from experiments.mini.losses import LossWeights
 from experiments.mini.schedule import Schedule
 from experiments.mini.train import RunSettings, train
 from experiments.mini.views import ViewSettings
 from sam_flax.checkpoint import load_params
-from sam_flax.config import CONFIGS
+from sam_flax.config import CONFIGS, SamConfig
 
 FLAGS = flags.FLAGS
 
@@ -42,6 +42,28 @@ def parse_weights(text: str) -> tuple[tuple[str, float], ...]:
     return tuple(pairs)
 
 
+def batch_settings(config: SamConfig) -> BatchSettings:
+    """What the flags say of a batch."""
+    low, high = (float(v) for v in FLAGS.object_sizes)
+    views = ViewSettings(
+        canvas=config.img_size,
+        prompts=FLAGS.prompts,
+        object_sizes=(low, high),
+        paste_sizes=(low + 0.01, min(high, 0.6)),
+        smallest_fit=FLAGS.smallest_fit,
+        small_bias=FLAGS.small_bias,
+        smallest_box=(FLAGS.smallest_box / 2, FLAGS.smallest_box),
+    )
+    return BatchSettings(
+        batch=FLAGS.batch,
+        cells=config.mask_size,
+        pad=config.pixel_mean,  # zero after normalisation
+        views=views,
+        exact_box_share=FLAGS.exact_box_share,
+        smallest=FLAGS.smallest_box**2 / 4,
+    )
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is an unexpected argument; every option is a --flag.")
@@ -52,15 +74,14 @@ def main(argv: list[str]) -> None:
     whole = [r for f in folders if f.source != "photos" for r in list_records(f)]
     settings = AtlasSettings(scenes=FLAGS.scenes, scene_size=config.img_size)
     atlas, sources = build_atlas(divided, whole, settings, os.cpu_count() or 1)
-    views = dataclasses.replace(ViewSettings(), canvas=config.img_size, prompts=FLAGS.prompts)
-    pad = config.pixel_mean  # zero after normalisation
-    batches = BatchSettings(batch=FLAGS.batch, cells=config.mask_size, pad=pad, views=views)
+    batches = batch_settings(config)
     schedule = Schedule(
         pretrain_steps=FLAGS.pretrain_steps,
         warm_steps=FLAGS.warm_steps,
         joint_steps=FLAGS.joint_steps,
         encoder_rate=FLAGS.rate,
         decoder_rate=FLAGS.rate,
+        frozen_encoder=FLAGS.frozen_encoder,
     )
     run = RunSettings(
         seed=FLAGS.seed,
@@ -70,6 +91,8 @@ def main(argv: list[str]) -> None:
         log_every=FLAGS.log_every,
         eval_every=FLAGS.eval_every,
         save_minutes=FLAGS.save_minutes,
+        minutes=FLAGS.joint_minutes,
+        losses=LossWeights(dice=FLAGS.dice, dense=FLAGS.dense, second=FLAGS.second),
     )
     start = load_params(FLAGS.start)[1] if FLAGS.start else None
     train(Path(FLAGS.out), config, schedule, batches, run, atlas, sources, start)
@@ -95,6 +118,16 @@ if __name__ == "__main__":
     flags.DEFINE_integer("warm_steps", 150, "Steps of the decoder on resting features.")
     flags.DEFINE_integer("joint_steps", 6000, "Steps of joint training.")
     flags.DEFINE_float("rate", 1e-3, "Peak learning rate of the joint phase.")
+    flags.DEFINE_float("joint_minutes", 0.0, "Minutes of joint training, instead of its steps; 0: by steps.")
+    flags.DEFINE_bool("frozen_encoder", False, "Leave the image encoder as it is.")
+    flags.DEFINE_list("object_sizes", ["0.03", "0.9"], "Least and largest object, as shares of the canvas.")
+    flags.DEFINE_float("smallest_fit", 0.7, "Least scale of an image, as a share of the one that fits it in.")
+    flags.DEFINE_float("smallest_box", 5.0, "Least longer side of an object, pixels of the canvas.")
+    flags.DEFINE_float("small_bias", 0.0, "Power by which small objects are asked for more often.")
+    flags.DEFINE_float("exact_box_share", 0.5, "Boxes that are not jittered.")
+    flags.DEFINE_float("dice", 1.0, "Weight of the dice loss.")
+    flags.DEFINE_float("dense", 0.4, "Weight of the dense loss, whose head starts anew with --start.")
+    flags.DEFINE_float("second", 0.5, "Weight of the round after a click; 0: without that round.")
     flags.DEFINE_enum("precision", "bfloat16", ["bfloat16", "float32"], "Of the forward pass in training.")
     flags.DEFINE_integer("log_every", 100, "Steps between lines of the curve.")
     flags.DEFINE_integer("eval_every", 1000, "Steps between its scores.")

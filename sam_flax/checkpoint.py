@@ -21,7 +21,9 @@ from sam_flax.tensor_files import PathLike, file_kind, read_safetensors, write_w
 from sam_flax.torch_archive import read_torch_file
 from sam_flax.trees import as_float, check_tree, flatten, nest
 
-MINI_WEIGHTS = Path(__file__).parent / "weights" / "mini.safetensors"
+WEIGHTS = Path(__file__).parent / "weights"
+# What ships, by the name that `load_sam` takes.
+PACKAGED = {"mini": WEIGHTS / "mini.safetensors", "mini-scenes": WEIGHTS / "mini_scenes.safetensors"}
 FORMAT = "sam_flax"
 VERSION = "1"
 
@@ -31,7 +33,8 @@ def load_sam(path: PathLike, *, decoder_num_heads: int | None = None) -> tuple[S
 
     Args:
         path: an official `.pth`, a `.safetensors` with Meta's or Hugging Face's names, a file by
-            `save_params`, or "mini" for the model that ships. The content decides, not the extension.
+            `save_params`, "mini" for the model that ships, or "mini-scenes" for its predecessor. The content decides,
+            not the extension.
         decoder_num_heads: heads of the mask decoder, for weights that are not ours and not a published SAM's.
 
     Returns:
@@ -41,8 +44,8 @@ def load_sam(path: PathLike, *, decoder_num_heads: int | None = None) -> tuple[S
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, harmful, of another kind, or not a SAM; the sentence says which.
     """
-    if path == "mini":
-        path = MINI_WEIGHTS
+    if path in PACKAGED:
+        path = PACKAGED[str(path)]
         if not path.exists():
             raise FileNotFoundError(
                 f"The packaged weights {path} are missing; reinstall the package or run experiments.train_mini."

@@ -97,9 +97,7 @@ def _sample(key: jax.Array, atlas: Atlas, cumulative: jax.Array, settings: Batch
     point_key, kind_key, jitter_key = jax.random.split(prompt_key, 3)
     points = interior_points(point_key, masks, views.canvas)
     is_point = jax.random.uniform(kind_key, (p,)) < settings.point_share
-    return Batch(
-        image, masks, _jitter(jitter_key, boxes, settings), boxes, points, is_point, weight
-    )
+    return Batch(image, masks, _jitter(jitter_key, boxes, settings), boxes, points, is_point, weight)
 
 
 def sample_lattice(key: jax.Array, count: int, canvas: int) -> tuple[jax.Array, jax.Array]:

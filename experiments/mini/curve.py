@@ -9,10 +9,8 @@ import jax.numpy as jnp
 from experiments.mini.atlas import Atlas
 from experiments.mini.augment import Batch, BatchSettings, make_batch, plain
 from experiments.mini.forward import decode, encode
-from experiments.mini.losses import first_prompts, mask_iou
+from experiments.mini.losses import SMALL, first_prompts, mask_iou
 from sam_flax.sam import Params, Sam
-
-SMALL = 0.0025  # share of the canvas: 32 x 32 pixels of a photograph of 640 x 640
 
 
 def make_curve(sam: Sam, settings: BatchSettings, precision: jnp.dtype) -> Callable[..., dict[str, float]]:

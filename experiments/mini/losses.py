@@ -15,6 +15,8 @@ from experiments.mini.augment import Batch
 from experiments.mini.forward import Decoded, Prompts, auxiliary_head, decode, encode, upscale
 from sam_flax.sam import Params, Sam, call
 
+SMALL = 0.0025  # share of the canvas: 32 x 32 pixels of a photograph of 640 x 640
+
 
 class LossWeights(NamedTuple):
     focal: float = 3.0
@@ -22,7 +24,7 @@ class LossWeights(NamedTuple):
     iou: float = 1.0
     dense: float = 0.4
     token: float = 0.6
-    second: float = 0.5  # the round after the first click on an error, of half of the prompts
+    second: float = 0.5  # the round after the first click on an error, of half of the prompts; 0: it is left out
     # Of the single mask and of the best of three: a box means one object, a point may mean several.
     box: tuple[float, float] = (1.0, 0.3)
     point: tuple[float, float] = (0.4, 1.0)
@@ -100,10 +102,21 @@ def pretrain_loss(sam: Sam, params: Params, batch: Batch, precision: jnp.dtype) 
 
 
 def joint_loss(
-    sam: Sam, params: Params, batch: Batch, key: jax.Array, weights: LossWeights, precision: jnp.dtype
+    sam: Sam,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    weights: LossWeights,
+    precision: jnp.dtype,
+    frozen_encoder: bool = False,
 ) -> tuple[jax.Array, dict]:
-    """The full objective: every prompt, then half of them again with a click on the first answer's error."""
+    """The full objective: every prompt, then half of them again with a click on the first answer's error.
+
+    With `frozen_encoder` no gradient is computed for the image encoder.
+    """
     embedding = encode(sam, params, batch.images, precision)
+    if frozen_encoder:
+        embedding = jax.lax.stop_gradient(embedding)
     prompts = first_prompts(batch)
     first = decode(sam, params, embedding, prompts)
     region = box_region(batch.true_boxes, sam.config.img_size, batch.masks.shape[-1])
@@ -112,31 +125,44 @@ def joint_loss(
     upscaled = upscale(sam, params, embedding)
     hyper = first.hyper.astype(upscaled.dtype)
     token_logits = jnp.einsum("bpc,bijc->bpij", hyper, upscaled).astype(jnp.float32)
-    token = balanced_bce(token_logits, batch.masks, region)
-    dense = dense_loss(sam, params, embedding, upscaled, batch.masks, region)
+    token = _weighted(balanced_bce(token_logits, batch.masks, region), batch.weight)
+    w = batch.weight
+    small = w * ~batch.is_point * (batch.masks.mean((-2, -1)) < SMALL)
+    metrics = {
+        "token": token,
+        "box_iou": _weighted(iou[..., 0], w * ~batch.is_point),
+        "small_iou": _weighted(iou[..., 0], small),
+        "point_iou": _weighted(iou[..., 1:].max(-1), w * batch.is_point),
+    }
+    total = _weighted(losses, w) + weights.token * token
+    if weights.dense:
+        metrics["dense"] = _weighted(dense_loss(sam, params, embedding, upscaled, batch.masks, region), w)
+        total += weights.dense * metrics["dense"]
+    if weights.second:
+        again, click_iou = _second_round(sam, params, embedding, batch, region, key, prompts, first, weights)
+        total, metrics["click_iou"] = total + weights.second * again, click_iou
+    return total, {"loss": total, **metrics}
 
+
+def _second_round(
+    sam: Sam,
+    params: Params,
+    embedding: jax.Array,
+    batch: Batch,
+    region: jax.Array,
+    key: jax.Array,
+    prompts: Prompts,
+    first: Decoded,
+    weights: LossWeights,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss and the IoU of the answers to a click on the errors of the first ones."""
     half = batch.weight.shape[1] // 2
     clicked = second_prompts(key, prompts, first, batch.masks, half, sam.config.img_size)
     again = decode(sam, params, embedding, clicked)
-    refined, iou_again = _mask_losses(
-        again, batch.masks[:, :half], region[:, :half], jnp.zeros_like(batch.is_point[:, :half]), weights
-    )
-    w = batch.weight
-    total = (
-        _weighted(losses, w)
-        + weights.token * _weighted(token, w)
-        + weights.dense * _weighted(dense, w)
-        + weights.second * _weighted(refined, w[:, :half])
-    )
-    metrics = {
-        "loss": total,
-        "dense": _weighted(dense, w),
-        "token": _weighted(token, w),
-        "box_iou": _weighted(iou[..., 0], w * ~batch.is_point),
-        "point_iou": _weighted(iou[..., 1:].max(-1), w * batch.is_point),
-        "click_iou": _weighted(iou_again[..., 0], w[:, :half]),
-    }
-    return total, metrics
+    # Two prompts mean one object, whether there is a box or not.
+    none = jnp.zeros_like(batch.is_point[:, :half])
+    losses, iou = _mask_losses(again, batch.masks[:, :half], region[:, :half], none, weights)
+    return _weighted(losses, batch.weight[:, :half]), _weighted(iou[..., 0], batch.weight[:, :half])
 
 
 def first_prompts(batch: Batch) -> Prompts:

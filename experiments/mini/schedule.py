@@ -34,6 +34,7 @@ class Schedule:
     weight_decay: float = 0.05
     clip: float = 1.0
     ema: float = 0.999
+    frozen_encoder: bool = False  # then the image encoder keeps its weights, and a step costs half
 
     @property
     def joint_start(self) -> int:
@@ -57,6 +58,7 @@ class Schedule:
         pretraining, joined = step < self.pretrain_steps, step >= self.joint_start
         warm = self.decoder_rate * self._ramp(step - self.pretrain_steps)
         encoder = jnp.where(pretraining, early, jnp.where(joined, joint * self.encoder_rate, 0.0))
+        encoder = jnp.where(self.frozen_encoder, 0.0, encoder)
         decoder = jnp.where(pretraining, early, jnp.where(joined, joint * self.decoder_rate, warm))
         return encoder, decoder
 
@@ -95,7 +97,14 @@ def _named(name: str) -> Callable[[Params], Params]:
 Step = Callable[[TrainState, jax.Array, jax.Array, Atlas, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_step(sam: Sam, schedule: Schedule, settings: BatchSettings, phase: str, precision: jnp.dtype) -> Step:
+def make_step(
+    sam: Sam,
+    schedule: Schedule,
+    settings: BatchSettings,
+    weights: LossWeights,
+    phase: str,
+    precision: jnp.dtype,
+) -> Step:
     """One jitted optimisation step: (state, key, total, atlas, cumulative weights) -> state, metrics.
 
     The batch is drawn by the key and the state's step alone.
@@ -107,7 +116,7 @@ def make_step(sam: Sam, schedule: Schedule, settings: BatchSettings, phase: str,
         batch = make_batch(batch_key, atlas, cumulative, settings)
         if phase == "pretrain":
             return pretrain_loss(sam, params, batch, precision)
-        return joint_loss(sam, params, batch, click_key, LossWeights(), precision)
+        return joint_loss(sam, params, batch, click_key, weights, precision, schedule.frozen_encoder)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, key: jax.Array, total: jax.Array, atlas: Atlas, cumulative: jax.Array) -> Any:
@@ -115,10 +124,9 @@ def make_step(sam: Sam, schedule: Schedule, settings: BatchSettings, phase: str,
         grads, metrics = gradient(state.params, jax.random.fold_in(key, state.step), atlas, cumulative)
         metrics["gradient"] = optax.global_norm(grads)
         updates, moments = direction.update(grads, state.moments, state.params)
-        encoder, decoder = Schedule.rates(schedule, state.step, total)
+        encoder, decoder = schedule.rates(state.step, total)
         params = {
-            k: jax.tree.map(lambda p, u, r=encoder if k == "image_encoder" else decoder: p - r * u, v, updates[k])
-            for k, v in state.params.items()
+            k: _descend(v, updates[k], encoder if k == "image_encoder" else decoder) for k, v in state.params.items()
         }
         # The average follows closely at first, so that early evaluations mean something.
         decay = jnp.minimum(schedule.ema, (1 + state.step) / (20 + state.step))
@@ -126,3 +134,7 @@ def make_step(sam: Sam, schedule: Schedule, settings: BatchSettings, phase: str,
         return TrainState(state.step + 1, params, ema, moments), metrics
 
     return step
+
+
+def _descend(params: Params, direction: Params, rate: jax.Array) -> Params:
+    return jax.tree.map(lambda p, d: p - rate * d, params, direction)

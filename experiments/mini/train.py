@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from experiments.mini.atlas import CURVE_SCENE, HELD, Atlas, cumulative_weights, uniform_weights
 from experiments.mini.augment import BatchSettings
 from experiments.mini.curve import make_curve
+from experiments.mini.losses import LossWeights
 from experiments.mini.schedule import Schedule, Step, make_step, start_state
 from experiments.mini.start import init_params, with_auxiliary
 from experiments.mini.state import load_state, save_state
@@ -35,16 +35,20 @@ class RunSettings:
         eval_every: steps between its scores.
         eval_batches: batches that these are taken on.
         save_minutes: between saved states.
+        minutes: of the joint phase, whose length then follows from the speed of its first steps; 0: by its steps.
+        losses: weights of the losses.
     """
 
     seed: int = 0
     scene_share: float = 0.25
     source_weights: tuple[tuple[str, float], ...] = ()
     precision: str = "bfloat16"
+    losses: LossWeights = LossWeights()
     log_every: int = 100
     eval_every: int = 1000
     eval_batches: int = 3
     save_minutes: float = 1.0
+    minutes: float = 0.0
 
 
 def train(
@@ -82,19 +86,21 @@ def train(
     precision = jnp.dtype(run.precision)
     evaluate = make_curve(sam, batches, precision)
     steps: dict[str, Step] = {}
-    key, total = jax.random.fold_in(jax.random.key(run.seed), 7), jnp.asarray(schedule.total)
-    log = _Log(out / "curve.jsonl")
+    key, total = jax.random.fold_in(jax.random.key(run.seed), 7), schedule.total
+    log, clock = _Log(out / "curve.jsonl"), _Clock(schedule, run.minutes)
     saved = time.monotonic()
-    for step in tqdm(range(int(state.step), schedule.total), desc="train", mininterval=5):
-        phase = schedule.phase(step)
+    done = int(state.step)
+    while done < total:
+        phase = schedule.phase(done)
         # The decoder alone learns in the warm phase, by its rates: it shares the joint phase's compiled step.
         compiled = "pretrain" if phase == "pretrain" else "joint"
         if compiled not in steps:
-            steps[compiled] = make_step(sam, schedule, batches, compiled, precision)
-        state, metrics = steps[compiled](state, key, total, atlas, cumulative)
+            steps[compiled] = make_step(sam, schedule, batches, run.losses, compiled, precision)
+        state, metrics = steps[compiled](state, key, jnp.asarray(total), atlas, cumulative)
         log.add(metrics)
-        done = step + 1
-        last = done == schedule.total
+        done += 1
+        total = clock.total(done, total, metrics)
+        last = done == total
         if done % run.log_every == 0 or last:
             scored = done % run.eval_every == 0 or last
             log.write(done, phase, evaluate(state.ema, atlas, parts, run.eval_batches) if scored else {})
@@ -103,6 +109,28 @@ def train(
                 export(out / "mini.safetensors", config, state.ema)
                 saved = time.monotonic()
     return state.ema
+
+
+class _Clock:
+    """Sets the length of the joint phase by its first steps, where it is given in minutes."""
+
+    FIRST, MEASURED = 20, 200  # steps of the joint phase after which the clock starts, and is read
+
+    def __init__(self, schedule: Schedule, minutes: float):
+        self._start, self._minutes, self._begun = schedule.joint_start, minutes, 0.0
+
+    def total(self, done: int, total: int, metrics: dict[str, jax.Array]) -> int:
+        """The number of steps of the whole run, after `done` of them."""
+        if not self._minutes or done - self._start not in (self.FIRST, self.MEASURED):
+            return total
+        jax.block_until_ready(metrics)
+        if done - self._start == self.FIRST:
+            self._begun = time.monotonic()
+        elif self._begun:
+            step_seconds = (time.monotonic() - self._begun) / (self.MEASURED - self.FIRST)
+            total = self._start + max(self.MEASURED, int(60 * self._minutes / step_seconds))
+            print(f"{1 / step_seconds:.1f} steps a second: {total} steps in all")
+        return total
 
 
 class _Log:
@@ -124,7 +152,7 @@ class _Log:
         self._recent = []
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        tqdm.write(json.dumps(row))
+        print(json.dumps(row), flush=True)
 
 
 def _fingerprint(
@@ -132,7 +160,7 @@ def _fingerprint(
 ) -> str:
     # The length of the last phase may change on resuming: it shapes the remaining steps only.
     past = {k: v for k, v in dataclasses.asdict(schedule).items() if k != "joint_steps"}
-    what = (run.seed, run.scene_share, run.source_weights, run.precision, start is not None)
+    what = (run.seed, run.scene_share, run.source_weights, run.precision, run.losses, start is not None)
     return json.dumps([config.to_dict(), past, dataclasses.asdict(batches), what])
 
 

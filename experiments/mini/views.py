@@ -32,6 +32,8 @@ class ViewSettings:
         aspect: largest distortion, as a logarithm.
         pastes: objects pasted onto the canvas at most, each with probability `paste_share`.
         paste_sizes: like `object_sizes`.
+        small_bias: how much likelier a small object is asked for: to this power of the shrinking of its longer side.
+        smallest_box: least shorter and longer side of an object that is asked for, canvas pixels.
         blur: largest number of levels that pixels are taken too coarse or too fine.
         gain: standard deviation of the logarithm of what a layer's colours are multiplied by.
     """
@@ -49,6 +51,8 @@ class ViewSettings:
     pastes: int = 2
     paste_share: float = 0.5
     paste_sizes: tuple[float, float] = (0.04, 0.6)
+    small_bias: float = 0.0
+    smallest_box: tuple[float, float] = (2.0, 5.0)
     blur: float = 0.4
     gain: float = 0.12
 
@@ -162,9 +166,7 @@ def _draw_segment(key: jax.Array, atlas: Atlas, image: jax.Array) -> jax.Array:
     return atlas.first[image] + jax.random.randint(key, (), 0, atlas.count[image])
 
 
-def _mirror(
-    mirrored: jax.Array, scale: jax.Array, offset: jax.Array, size: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _mirror(mirrored: jax.Array, scale: jax.Array, offset: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same place for the image turned left to right."""
     sign = jnp.where(mirrored, jnp.array([-1.0, 1.0]), 1.0)
     return scale * sign, offset + jnp.where(sign < 0, size * scale, 0.0)
@@ -204,8 +206,9 @@ def choose_prompts(key: jax.Array, atlas: Atlas, layers: Layers, settings: ViewS
     box = jnp.concatenate([jnp.maximum(full[:, :2], rect[:, :2]), jnp.minimum(full[:, 2:], rect[:, 2:])], axis=-1)
     sides = jnp.maximum(box[:, 2:] - box[:, :2], 0.0)
     shown = sides.prod(-1) / (full[:, 2:] - full[:, :2]).prod(-1)
-    likely = (sides.min(-1) >= 2.0) & (sides.max(-1) >= 5.0) & (shown > 0.25)
+    likely = (sides.min(-1) >= settings.smallest_box[0]) & (sides.max(-1) >= settings.smallest_box[1]) & (shown > 0.25)
     score = jax.random.gumbel(order_key, segment.shape)
+    score -= settings.small_bias * jnp.log(jnp.maximum(sides.max(-1), 1.0))
     score += 2.0 * (layer >= CELLS) - 20.0 * again - 100.0 * ~likely
     _, best = jax.lax.top_k(score, settings.prompts)
     return Candidates(layer[best], segment[best], box[best])
