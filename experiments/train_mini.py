@@ -59,6 +59,7 @@ def batch_settings(config: SamConfig) -> BatchSettings:
         cells=config.mask_size,
         pad=config.pixel_mean,  # zero after normalisation
         views=views,
+        point_share=FLAGS.point_share,
         exact_box_share=FLAGS.exact_box_share,
         smallest=FLAGS.smallest_box**2 / 4,
     )
@@ -124,12 +125,13 @@ if __name__ == "__main__":
     flags.DEFINE_float("smallest_fit", 0.7, "Least scale of an image, as a share of the one that fits it in.")
     flags.DEFINE_float("smallest_box", 5.0, "Least longer side of an object, pixels of the canvas.")
     flags.DEFINE_float("small_bias", 0.0, "Power by which small objects are asked for more often.")
+    flags.DEFINE_float("point_share", 0.25, "Objects prompted by a point instead of a box.")
     flags.DEFINE_float("exact_box_share", 0.5, "Boxes that are not jittered.")
     flags.DEFINE_float("dice", 1.0, "Weight of the dice loss.")
     flags.DEFINE_float("dense", 0.4, "Weight of the dense loss, whose head starts anew with --start.")
     flags.DEFINE_float("second", 0.5, "Weight of the round after a click; 0: without that round.")
     flags.DEFINE_enum("precision", "bfloat16", ["bfloat16", "float32"], "Of the forward pass in training.")
     flags.DEFINE_integer("log_every", 100, "Steps between lines of the curve.")
-    flags.DEFINE_integer("eval_every", 1000, "Steps between its scores.")
+    flags.DEFINE_integer("eval_every", 1000, "Steps between its scores; 0: none.")
     flags.DEFINE_float("save_minutes", 1.0, "Minutes between saved states.")
     app.run(main)

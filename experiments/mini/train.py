@@ -32,7 +32,7 @@ class RunSettings:
         source_weights: of photographs, by source; 1 where none is given.
         precision: of the forward pass.
         log_every: steps between lines of the curve.
-        eval_every: steps between its scores.
+        eval_every: steps between its scores; 0: none.
         eval_batches: batches that these are taken on.
         save_minutes: between saved states.
         minutes: of the joint phase, whose length then follows from the speed of its first steps; 0: by its steps.
@@ -102,12 +102,12 @@ def train(
         total = clock.total(done, total, metrics)
         last = done == total
         if done % run.log_every == 0 or last:
-            scored = done % run.eval_every == 0 or last
-            log.write(done, phase, evaluate(state.ema, atlas, parts, run.eval_batches) if scored else {})
             if last or time.monotonic() - saved > 60 * run.save_minutes:
                 save_state(state_path, state, fingerprint)
                 export(out / "mini.safetensors", config, state.ema)
                 saved = time.monotonic()
+            scored = run.eval_every > 0 and (done % run.eval_every == 0 or last)
+            log.write(done, phase, evaluate(state.ema, atlas, parts, run.eval_batches) if scored else {})
     return state.ema
 
 
