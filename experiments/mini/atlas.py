@@ -33,8 +33,8 @@ class Atlas(NamedTuple):
     bits: jax.Array  # (M, side^2/8) uint8: the segments in their slots, eight pixels a byte, the first one highest
     sizes: jax.Array  # (N, 2) float32 width, height
     boxes: jax.Array  # (M, 4) float32 xyxy
-    first: jax.Array  # (N,) int32: the segments of image i are first[i] .. first[i] + count[i] - 1
-    count: jax.Array  # (N,) int32, at least 1
+    first: jax.Array  # (N,) int32: the segments of image i are first[i] .. first[i] + counts[i] - 1
+    counts: jax.Array  # (N,) int32, at least 1
     scene: jax.Array  # (N,) bool: generated
 
 

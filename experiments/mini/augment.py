@@ -63,8 +63,13 @@ def plain(settings: BatchSettings) -> BatchSettings:
     """The settings that show single images whole, as evaluation does, and prompt them exactly."""
     views = dataclasses.replace(
         settings.views,
-        **{"whole_share": 1.0, "whole_scene_share": 1.0, "mosaic_share": 0.0, "flip_share": 0.0},
-        **{"pastes": 0, "blur": 0.0, "gain": 0.0},
+        whole_share=1.0,
+        whole_scene_share=1.0,
+        mosaic_share=0.0,
+        flip_share=0.0,
+        pastes=0,
+        blur=0.0,
+        gain=0.0,
     )
     colours = ColourSettings(strength=0.0)
     return dataclasses.replace(settings, views=views, colours=colours, point_share=0.0, exact_box_share=1.0)

@@ -123,6 +123,6 @@ def decode(sam: Sam, params: Params, embedding: jax.Array, prompts: Prompts) -> 
         return out
 
     with nn.intercept_methods(capture):
-        logits, iou = MaskDecoder(sam.config, parent=None).apply(decoder, repeated, positions, sparse, dense)
-    logits, iou = logits.astype(jnp.float32), iou.astype(jnp.float32)
+        answer: Any = MaskDecoder(sam.config, parent=None).apply(decoder, repeated, positions, sparse, dense)
+    logits, iou = (a.astype(jnp.float32) for a in answer)
     return Decoded(logits.reshape(b, p, *logits.shape[1:]), iou.reshape(b, p, -1), hyper[-1].reshape(b, p, -1))

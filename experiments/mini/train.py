@@ -137,7 +137,8 @@ class _Log:
     """Metrics of the steps since the last line, and the lines in a file."""
 
     def __init__(self, path: Path):
-        self._path, self._recent, self._begun = path, [], time.monotonic()
+        self._path, self._begun = path, time.monotonic()
+        self._recent: list[dict[str, jax.Array]] = []
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         self._recent.append(metrics)

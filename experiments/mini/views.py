@@ -163,7 +163,7 @@ def _place_paste(
 
 
 def _draw_segment(key: jax.Array, atlas: Atlas, image: jax.Array) -> jax.Array:
-    return atlas.first[image] + jax.random.randint(key, (), 0, atlas.count[image])
+    return atlas.first[image] + jax.random.randint(key, (), 0, atlas.counts[image])
 
 
 def _mirror(mirrored: jax.Array, scale: jax.Array, offset: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -194,7 +194,7 @@ def choose_prompts(key: jax.Array, atlas: Atlas, layers: Layers, settings: ViewS
     place = jnp.where(mosaic, number % each, number)
     start = jax.random.randint(start_key, (CELLS,), 0, 1 << 20)
     image = layers.image[cell]
-    count = atlas.count[image]
+    count = atlas.counts[image]
     segment = atlas.first[image] + (start[cell] + place) % count
     pasted = jnp.arange(CELLS, CELLS + settings.pastes)
     layer = jnp.concatenate([cell, pasted])
