@@ -1,7 +1,7 @@
 """A sheet of photographs with what was true, what a SAM in floating point says, and what it says quantized.
 
     python -m experiments.mini.sheet --images=coco100/val2017 --annotations=coco100/annotations/instances_val2017.json \
-        --artefact=out/model.safetensors --count=24 --out=sheet.png
+        --artefact=runs/w4a4/quantized.safetensors --count=24 --out=sheet.png
 
 Each photograph is shown four times: boxes, true masks, floating point, quantized. The sheet holds parts of the
 photographs: it is for looking, not for publishing.
