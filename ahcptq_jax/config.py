@@ -47,7 +47,7 @@ class QuantConfig:
         "minmax", "How per-tensor ranges of activations are found; mse is by loss.", choices=ACT_RANGES
     )
     grid_bits: int = setting(
-        0,
+        8,
         "Bits of the whole levels that all activations are put on; 0 leaves the paper's form.",
         check=Check(lambda bits: bits in (0, *GRIDS), f"0 or one of {', '.join(map(str, GRIDS))}"),
     )

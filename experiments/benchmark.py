@@ -108,14 +108,21 @@ def measure(row: Row, repeats: int, against: str, toy: bool, tick: Callable[[], 
         theirs = None
         if against and row.prepare_torch is not None:
             theirs = stack.enter_context(Worker(row, torch=True, toy=toy))
-        runs, torch_runs = [], []
+        other = None
+        if row.beside:
+            named = next(each for each in ROWS if each.name == row.beside)
+            other = stack.enter_context(Worker(named, torch=False, toy=toy))
+        runs, torch_runs, other_runs = [], [], []
         for _ in range(repeats):
             runs.append(ours.run())
             if theirs is not None:
                 torch_runs.append(theirs.run())
+            if other is not None:
+                other_runs.append(other.run())
             tick()
         last = ours.finish()
         torch_last = theirs.finish() if theirs is not None else {}
+        other_last = other.finish() if other is not None else {}
 
     def median(values: list[float]) -> float | None:
         return statistics.median(values) if values else None
@@ -135,6 +142,10 @@ def measure(row: Row, repeats: int, against: str, toy: bool, tick: Callable[[], 
     result["torch_cpu_seconds"] = median([r["cpu_seconds"] for r in torch_runs])
     result["torch_peak_bytes"] = torch_last.get("peak_bytes")
     result["ratio"] = median([t["seconds"] / r["seconds"] for t, r in zip(torch_runs, runs, strict=False)])
+    if other is not None:
+        result["beside"], result["beside_peak_bytes"] = row.beside, other_last["peak_bytes"]
+        for name in ("seconds", "cpu_seconds"):
+            result[f"beside_{name}_ratio"] = median([r[name] / o[name] for r, o in zip(runs, other_runs, strict=True)])
     if against and theirs is None:
         result["note"] = NO_PUBLIC_PACKAGE
     return result
@@ -168,6 +179,9 @@ def table(document: Mapping[str, Any]) -> str:
             cell(row["ratio"], ".2f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    for row in document["rows"]:
+        if "beside" in row:
+            lines += ["", _beside(row)]
     machine = document["machine"]
     first, *_, last = machine["load"]
     lines += [
@@ -178,6 +192,15 @@ def table(document: Mapping[str, Any]) -> str:
     if any("note" in row for row in document["rows"]):
         lines += ["", f"Rows without a ratio: {NO_PUBLIC_PACKAGE}"]
     return "\n".join(lines) + "\n"
+
+
+def _beside(row: Mapping[str, Any]) -> str:
+    """What a row takes in relation to the row of ours that ran turn by turn with it."""
+    peak, other = (row[name] / 2**30 for name in ("peak_bytes", "beside_peak_bytes"))
+    return (
+        f"{row['name']} takes {row['beside_seconds_ratio']:.2f} times the seconds of {row['beside']}, run turn by turn "
+        f"({row['beside_cpu_seconds_ratio']:.2f} times the CPU seconds); peak {peak:.2f} against {other:.2f} GiB."
+    )
 
 
 def chosen_rows(names: str) -> list[Row]:

@@ -100,19 +100,19 @@ class AttentionCodes(Protocol):
         """Whether anybody asks for the codes."""
 
     def encode(self, site: str, values: jax.Array) -> jax.Array:
-        """Codes of the values at one of `ATTENTION_SITES`; recorded if anybody asks."""
+        """int8 levels of the values at one of `ATTENTION_SITES`; their codes are recorded if anybody asks."""
 
-    def decode(self, site: str, codes: jax.Array) -> jax.Array:
-        """The values that the codes stand for."""
+    def decode(self, site: str, level: jax.Array) -> jax.Array:
+        """The values that the levels stand for."""
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, *biases: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes (..., M, d), (..., N, d), (..., N, d) -> output (..., M, d), codes of the map (..., M, N)."""
+        """Levels (..., M, d), (..., d, N), (..., N, d) -> output (..., M, d), codes of the map (..., M, N)."""
 
     def record(self, site: str, codes: jax.Array) -> None:
         """Notes codes that `attend` returned."""
 
 
-# A module's `__call__` on codes: (module, codes, the module's arguments) -> what the module returns.
+# A module's `__call__` on levels: (module, codes, the module's arguments) -> what the module returns.
 RunOnCodes = Callable[..., jax.Array]
 
 

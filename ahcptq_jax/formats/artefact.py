@@ -446,7 +446,8 @@ def _quant_config(values: Any) -> QuantConfig:
     What the model computes depends on its quantizers alone, so that a setting which is not known here, or not yet known
     there, is no reason to refuse a file.
     """
-    kept = QuantConfig()
+    # Files that do not know the grid are off it.
+    kept = QuantConfig(grid_bits=0)
     for field in dataclasses.fields(QuantConfig) if isinstance(values, dict) else ():
         if field.name in values:
             value = values[field.name]

@@ -202,6 +202,19 @@ def on_grid(quantizer: Quantizer, grid_bits: int) -> Quantizer:
     return dataclasses.replace(snapped, **learned)
 
 
+def with_static_grids(quantizers: Mapping[str, Quantizer], grid_bits: int) -> dict[str, Quantizer]:
+    """The quantizers, on the grid where that is a static field of theirs and changes none of their numbers.
+
+    They are so before anything is learned: else every unit that is finished would make another program of the model.
+    """
+    if not grid_bits:
+        return dict(quantizers)
+    return {
+        path: kind_of(quantizer).on_grid(quantizer, grid_bits) if kind_of(quantizer).static_fields else quantizer
+        for path, quantizer in quantizers.items()
+    }
+
+
 def padded(quantizer: Quantizer) -> Quantizer:
     """The quantizer as the compiled step takes it: room for one group per channel, leaves of plain types."""
     groups = kind_of(quantizer).channel_groups

@@ -106,7 +106,10 @@ def reconstruct(
     encoder, decoder = architecture.encoder_units(sam, config.granularity), architecture.decoder_units(sam)
     total = config.iterations * sum(unit.part in config.parts for unit in [*encoder, *decoder])
     with tqdm(total=total, desc="reconstruct", disable=not progress, mininterval=1) as bar:
-        run = _Run(sam, params, quantized, boxes, config, target, StateFolder(folder, identity), bar, on_unit)
+        start = dataclasses.replace(
+            quantized, activations=learning.with_static_grids(quantized.activations, target.grid_bits)
+        )
+        run = _Run(sam, params, start, boxes, config, target, StateFolder(folder, identity), bar, on_unit)
         original, current = _reconstruct_encoder(run, encoder, images)
         _reconstruct_decoder(run, decoder, original, current)
     return Quantized(quantized.params, run.weights, run.activations, sam, target)

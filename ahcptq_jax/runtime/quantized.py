@@ -49,7 +49,7 @@ def _recorder(codes: Codes) -> RecordCodes:
     return record
 
 
-@partial(jax.jit, static_argnames=("operation", "carrier", "record"))
+@partial(jax.jit, static_argnames=("operation", "grid_bits", "carrier", "record"))
 @in_float32
 def _apply(
     operation: Operation,
@@ -57,12 +57,13 @@ def _apply(
     weights: dict[str, QuantizedWeight],
     activations: dict[str, Quantizer],
     inputs: tuple[Any, ...],
+    grid_bits: int,
     carrier: Carrier,
     record: bool,
 ) -> tuple[Any, Codes]:
-    """A part of the model on codes: its output, and the codes at its quantized sites if `record`."""
+    """A part of the model on levels: its output, and the codes at its quantized sites if `record`."""
     codes: Codes = {}
-    with intercept_quantized(weights, activations, carrier, _recorder(codes) if record else None):
+    with intercept_quantized(weights, activations, grid_bits, carrier, _recorder(codes) if record else None):
         return operation(_with_placeholders(params, weights), *inputs), codes
 
 
@@ -81,7 +82,8 @@ class Quantized:
         activations: site path -> quantizer, e.g. "image_encoder/blocks_0/attn/softmax".
         sam: the module, of any registered architecture; static.
         quant_config: what it was quantized with; static.
-        carrier: what carries the sums over codes, see `products` and `integer.integer_model`; static, not saved.
+        carrier: what carries the sums of products, "int8" or "float32", with equal results; see `products`. Static, not
+            saved.
     """
 
     params: Params
@@ -89,12 +91,16 @@ class Quantized:
     activations: dict[str, Quantizer]
     sam: Any
     quant_config: QuantConfig
-    carrier: Carrier = "float32"
+    carrier: Carrier = "int8"
 
     @property
     def config(self) -> Any:
         """The model's configuration."""
         return self.sam.config
+
+    @property
+    def _way(self) -> tuple[int, Carrier]:
+        return self.quant_config.grid_bits, self.carrier
 
     def encode_image(self, images: jax.Array) -> Any:
         """Images (B, S, S, 3), normalised and padded -> embeddings, (B, g, g, C) where there is but one.
@@ -116,11 +122,11 @@ class Quantized:
         def apply(stage: Stage, inputs: tuple[Any, ...]) -> Any:
             own = unflatten(below(stage.prefix, flat))
             weights, activations = below(stage.prefix, self.weights), below(stage.prefix, self.activations)
-            x, codes = _apply(Operation(stage.module), own, weights, activations, inputs, self.carrier, record)
+            x, codes = _apply(Operation(stage.module), own, weights, activations, inputs, *self._way, record)
             found.update({stage.prefix + site: value for site, value in codes.items()})
             return x
 
-        embedded = architecture.embed(self.sam, self.params, images)
+        embedded = architecture.embed(self.sam, self.params, jnp.asarray(images))
         return architecture.stages(self.sam).run(embedded, apply), found
 
     def decode(
@@ -151,7 +157,7 @@ class Quantized:
         inputs = (image_embeddings, points, boxes, masks)
         operation = Operation(self.sam, "decode", (("multimask_output", multimask_output),))
         params = architecture.decoder(self.params)
-        return _apply(operation, params, weights, activations, inputs, self.carrier, record)
+        return _apply(operation, params, weights, activations, inputs, *self._way, record)
 
     def with_rounded_remainder(self) -> "Quantized":
         """The model with what stays in floating point rounded to float16's values, which halves its share of a file.

@@ -8,6 +8,7 @@ from ahcptq_jax import W4A4, QuantConfig, Quantized
 from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.formats.artefact import quantizable_sites
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform
+from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.recipe import site_kind, weight_path
 from ahcptq_jax.runtime.quantized import QuantizedWeight
 from sam_flax import Sam
@@ -20,7 +21,9 @@ def random_quantized(config: SamConfig, params: dict[str, Any], quant_config: Qu
     flat, weights, activations = flatten(params), {}, {}
     for site, channels in quantizable_sites(config, parameter_shapes(config)).items():
         layer, width = weight_path(site), channels or 1
-        activations[site] = _made_up(site_kind(site, quant_config) or "uniform", width, quant_config.a_bits)
+        made = _made_up(site_kind(site, quant_config) or "uniform", width, quant_config.a_bits)
+        grid = quant_config.grid_bits
+        activations[site] = kind_of(made).on_grid(made, grid) if grid else made
         if layer:
             kernel = jnp.asarray(flat.pop(f"{layer}/kernel"))
             rows = kernel.reshape(-1, kernel.shape[-1])

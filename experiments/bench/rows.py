@@ -21,6 +21,7 @@ from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Hybrid, searches
 from ahcptq_jax.quantizers.searches import grouping
 from experiments.bench import learning, peers
+from experiments.bench.made_up import random_quantized
 from experiments.job.allocator import keep_pages
 from sam_flax import Sam, SamModel
 from sam_flax.config import MINI, VIT_B, VIT_H, VIT_L, SamConfig
@@ -53,12 +54,14 @@ class Row:
         what: in words.
         prepare: makes the work; its argument asks for toy sizes, at which times mean nothing.
         prepare_torch: the same by public PyTorch code, where there is such code.
+        beside: another row of ours that is run turn by turn with this one, for the ratio of their times; "" for none.
     """
 
     name: str
     what: str
     prepare: Callable[[bool], Work]
     prepare_torch: Callable[[bool], Work] | None = None
+    beside: str = ""
 
 
 # --- The image encoder ------------------------------------------------------------------------------------------------
@@ -92,6 +95,17 @@ def _encoder(config: SamConfig) -> Callable[[bool], Work]:
         chosen = _toy(config) if toy else config
         sam = Sam(chosen)
         model = SamModel(sam, sam.init_params(jax.random.key(0)))
+        images = jax.random.normal(jax.random.key(1), (1, chosen.img_size, chosen.img_size, 3))
+        return Work(lambda: model.encode_image(images), flops=encoder_flops(chosen))
+
+    return prepare
+
+
+def _quantized_encoder(config: SamConfig, bits: int) -> Callable[[bool], Work]:
+    def prepare(toy: bool) -> Work:
+        chosen = _toy(config) if toy else config
+        params = Sam(chosen).init_params(jax.random.key(0))
+        model = random_quantized(chosen, params, QuantConfig(w_bits=bits, a_bits=bits))
         images = jax.random.normal(jax.random.key(1), (1, chosen.img_size, chosen.img_size, 3))
         return Work(lambda: model.encode_image(images), flops=encoder_flops(chosen))
 
@@ -184,6 +198,8 @@ ROWS = (
         _encoder(VIT_B),
         _torch_encoder(VIT_B, fused=True),
     ),
+    Row("encoder_b_w4a4", "the same at W4A4: int8 levels", _quantized_encoder(VIT_B, 4), beside="encoder_b"),
+    Row("encoder_b_w8a8", "the same at W8A8", _quantized_encoder(VIT_B, 8), beside="encoder_b"),
     Row("encoder_l", "SAM-L image encoder, 1x1024x1024", _encoder(VIT_L), _torch_encoder(VIT_L)),
     Row("encoder_h", "SAM-H image encoder, 1x1024x1024", _encoder(VIT_H), _torch_encoder(VIT_H)),
     Row(

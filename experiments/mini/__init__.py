@@ -1,1 +1,1 @@
-"""Training of MINI, the small SAM that ships, on photographs and generated scenes."""
+"""The training of MINI, the small SAM that ships."""

@@ -102,9 +102,18 @@ def attention_weights(
     bias_w: Float[Array, "*g m w"],
 ) -> tuple[Float[Array, "*g m n"], Float[Array, "*g m 1"]]:
     """`attention_probabilities` before their division, and what to divide by."""
-    scores = q @ jnp.swapaxes(k, -1, -2)
-    grid = scores.reshape(*scores.shape[:-1], bias_h.shape[-1], bias_w.shape[-1])
-    grid = grid + bias_h[..., :, None] + bias_w[..., None, :]
+    return weights_of_scores(q @ jnp.swapaxes(k, -1, -2), bias_h, bias_w)
+
+
+def weights_of_scores(
+    scores: Float[Array, "*g m n"], *biases: Float[Array, "*g m _"]
+) -> tuple[Float[Array, "*g m n"], Float[Array, "*g m 1"]]:
+    """`attention_weights` of products that are made already, with both biases or none."""
+    bias_h, bias_w = biases or (None, None)
+    grid = scores[..., None, :]
+    if bias_h is not None and bias_w is not None:
+        grid = scores.reshape(*scores.shape[:-1], bias_h.shape[-1], bias_w.shape[-1])
+        grid = grid + bias_h[..., :, None] + bias_w[..., None, :]
     largest = jax.lax.stop_gradient(jnp.max(grid, axis=(-2, -1), keepdims=True))
     weights = jnp.exp(grid - largest)
     # Summed over rows first, which XLA's CPU code does many columns at a time; it would join the two sums to one.
@@ -147,7 +156,7 @@ def attention(
 def attend_in_parts(
     attend: Callable[[tuple[Array, ...]], Any],
     q: Real[Array, "g n d"],
-    k: Real[Array, "g n d"],
+    k: Real[Array, "g _ _"],
     v: Real[Array, "g n d"],
     bias_h: Real[Array, "g n h"],
     bias_w: Real[Array, "g n w"],
@@ -156,13 +165,13 @@ def attend_in_parts(
 
     Args:
         attend: operands of some of the g, and of some of their queries, (..., m, d) and so on, to arrays (..., m, any).
-        q, k, v, bias_h, bias_w: as in `attention`.
+        q, k, v, bias_h, bias_w: as in `attention`; k as `attend` takes it.
 
     Returns:
         What `attend` returns on all.
     """
     groups, n, _ = q.shape
-    one_map = n * n * q.dtype.itemsize
+    one_map = n * n * bias_h.dtype.itemsize  # queries may be levels of one byte, which their products are not
     whole, part = _attention_bytes()
     if groups * one_map <= whole:
         return attend((q, k, v, bias_h, bias_w))

@@ -14,7 +14,15 @@ from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import cost
 from ahcptq_jax.quantizers.base import Quantizer
 from ahcptq_jax.quantizers.grouped import Grouped
-from ahcptq_jax.quantizers.kinds.registry import GRID_BITS, ChannelGroups, Kind, Levels, Observation, Statistic
+from ahcptq_jax.quantizers.kinds.registry import (
+    GRID_BITS,
+    ChannelGroups,
+    Kind,
+    Levels,
+    Observation,
+    Statistic,
+    evenly_spaced,
+)
 from ahcptq_jax.quantizers.searches import grouping, ranges
 from ahcptq_jax.quantizers.uniform import Uniform
 
@@ -148,6 +156,8 @@ KIND = Kind(
     learned=("scale",),
     on_grid=on_grid,
     levels=levels,
+    level_of=evenly_spaced,
+    has_offset=lambda bits: bits == 8,
     channel_groups=ChannelGroups(
         count=lambda quantizer: int(np.size(quantizer.scale)),
         labels=lambda quantizer: quantizer.groups,

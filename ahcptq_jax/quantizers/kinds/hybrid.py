@@ -128,6 +128,15 @@ def levels(quantizer: Hybrid) -> Levels:
     return Levels(step, jnp.asarray(quantizer.minimum, jnp.float32).reshape(()), jnp.round(table).astype(jnp.int32))
 
 
+def level_of(quantizer: Hybrid, levels: Levels, codes: jax.Array) -> jax.Array:
+    """The levels of codes by a shift, or a multiplication."""
+    log = jnp.asarray(quantizer.log_levels, jnp.float32).reshape(()).astype(jnp.int32)
+    foot = levels.table[0]
+    a = (levels.table[-1] - foot) // (2**quantizer.bits - 1 - log)
+    logarithmic = jnp.where(codes < log, jnp.right_shift(foot, jnp.minimum(codes, 31)), 0)
+    return jnp.where(codes <= log, logarithmic, foot + a * (codes - log))
+
+
 KIND = Kind(
     name="hybrid",
     quantizer=Hybrid,
@@ -141,6 +150,8 @@ KIND = Kind(
     learned=("scale_log", "scale_uniform"),
     on_grid=on_grid,
     levels=levels,
+    level_of=level_of,
+    unsigned=True,
     describe=_describe,
     cost=cost.HYBRID,
 )

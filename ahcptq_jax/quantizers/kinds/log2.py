@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ahcptq_jax.config import QuantConfig
@@ -40,10 +41,17 @@ def on_grid(quantizer: Log2, grid_bits: int) -> Log2:
 
 def levels(quantizer: Log2) -> Levels:
     """``round(top * 2^(-k/tau))`` with the largest value at `top`, and 0."""
-    top = 2 ** (quantizer.grid_bits or GRID_BITS) - 1
+    table = _whole(quantizer, jnp.arange(2**quantizer.bits, dtype=jnp.int32))
+    return Levels(jnp.asarray(quantizer.scale, jnp.float32).reshape(()) / _top(quantizer), jnp.float32(0), table)
+
+
+def _top(quantizer: Log2) -> int:
+    return 2 ** (quantizer.grid_bits or GRID_BITS) - 1
+
+
+def _whole(quantizer: Log2, codes: jax.Array) -> jax.Array:
     unit = Log2(jnp.float32(1), quantizer.tau, quantizer.bits)
-    table = jnp.round(top * unit.decode(jnp.arange(2**quantizer.bits))).astype(jnp.int32)
-    return Levels(jnp.asarray(quantizer.scale, jnp.float32).reshape(()) / top, jnp.float32(0), table)
+    return jnp.round(_top(quantizer) * unit.decode(codes)).astype(jnp.int32)
 
 
 KIND = Kind(
@@ -56,6 +64,10 @@ KIND = Kind(
     learned=("scale",),
     on_grid=on_grid,
     levels=levels,
+    level_of=lambda quantizer, levels, codes: _whole(quantizer, codes),
+    unsigned=True,
+    has_offset=lambda bits: False,
+    has_zero=True,
     describe=lambda quantizer: f"tau {scalar(quantizer.tau):.0f}",
     cost=cost.LOG2,
 )

@@ -53,6 +53,12 @@ class Levels(NamedTuple):
         return self.offset + self.step * self.of(codes).astype(jnp.float32)
 
 
+def evenly_spaced(quantizer: Any, levels: Levels, codes: jax.Array) -> jax.Array:
+    """`Kind.level_of` where the levels of a channel are evenly spaced."""
+    del quantizer
+    return levels.table[0] + codes * (levels.table[1] - levels.table[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class Observation:
     """What a statistic is given of one batch at one site; every part may be traced.
@@ -135,6 +141,12 @@ class Kind:
         levels: the levels of a quantizer, exact if it is on the grid and else those of the nearest one that is;
             traceable.
         channel_groups: see `ChannelGroups`; None for a kind without groups.
+        level_of: ``(quantizer, its levels, int32 codes) -> int32 levels`` by arithmetic, for quantizers on the grid;
+            equal to the table, which costs a gather for every value and so several times as much on CPUs.
+        always_on_grid: whether its codes are whole levels whatever its numbers are.
+        unsigned: whether its levels are 0..255; else they are -128..127.
+        has_offset: whether there may be an offset at so many bits.
+        has_zero: whether zero is one of its levels, so that borders can be padded.
         describe: the numbers of a quantizer that say how it divides its range, in a few words.
         cost: what a cost model counts.
     """
@@ -149,6 +161,11 @@ class Kind:
     learned: tuple[str, ...]
     on_grid: Callable[[Any, int], Any]
     levels: Callable[[Any], Levels]
+    level_of: Callable[[Any, Levels, jax.Array], jax.Array] = lambda quantizer, levels, codes: levels.of(codes)
+    always_on_grid: bool = False
+    unsigned: bool = False
+    has_offset: Callable[[int], bool] = lambda bits: True
+    has_zero: bool = False
     channel_groups: ChannelGroups | None = None
     describe: Callable[[Any], str] = lambda quantizer: ""
     cost: Cost = Cost()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import cost
 from ahcptq_jax.quantizers.base import Quantizer
-from ahcptq_jax.quantizers.kinds.registry import Kind, Levels, Observation, Statistic
+from ahcptq_jax.quantizers.kinds.registry import Kind, Levels, Observation, Statistic, evenly_spaced
 from ahcptq_jax.quantizers.searches import percentile, ranges
 from ahcptq_jax.quantizers.uniform import Uniform
 
@@ -70,5 +70,9 @@ KIND = Kind(
     learned=("scale",),
     on_grid=on_grid,
     levels=levels,
+    level_of=evenly_spaced,
+    always_on_grid=True,
+    has_offset=lambda bits: bits == 8,
+    has_zero=True,
     cost=cost.UNIFORM,
 )

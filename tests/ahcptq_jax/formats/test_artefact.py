@@ -18,8 +18,7 @@ from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.formats import artefact
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
-from sam_flax import MINI_SCENES as MINI
-from sam_flax import VIT_B, load_sam, save_params
+from sam_flax import MINI, VIT_B, load_sam, save_params
 from sam_flax.files.parameters import parameter_shapes
 from sam_flax.sam import Sam
 
@@ -101,10 +100,13 @@ def test_files_of_version_1_still_load(data_dir, tiny_quantized, tmp_path):
     """`data/quantized_v1.safetensors` was written by the last version of the package that wrote version 1."""
     old = ahcptq_jax.load(data_dir / "quantized_v1.safetensors")
     assert artefact.read_provenance(data_dir / "quantized_v1.safetensors")["quant_config"]["groups"] == 4
-    assert old.quant_config == ahcptq_jax.W4A4 and old.config == tiny_quantized.config
-    assert jax.tree.structure((old.weights, old.activations)) == jax.tree.structure(
-        (tiny_quantized.weights, tiny_quantized.activations)
-    )
+    # There was no grid then.
+    assert old.quant_config == dataclasses.replace(ahcptq_jax.W4A4, grid_bits=0)
+    assert old.config == tiny_quantized.config
+    assert jax.tree.structure(old.weights) == jax.tree.structure(tiny_quantized.weights)
+    assert {site: type(q) for site, q in old.activations.items()} == {
+        site: type(q) for site, q in tiny_quantized.activations.items()
+    }
     old.save(tmp_path / "new")
     assert same(ahcptq_jax.load(tmp_path / "new"), old)
 

@@ -29,7 +29,7 @@ folder = Path(sys.argv[1])
 given = np.load(folder / "given.npz")
 
 def load(name):
-    return jax.jit(stablehlo.deserialize(bytearray((folder / name).read_bytes())).call)
+    return jax.jit(export.deserialize(bytearray((folder / name).read_bytes())).call)
 
 embeddings = load("encoder.jax")(given["canvas"])
 decode = load("decoder.jax")

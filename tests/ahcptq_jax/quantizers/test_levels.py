@@ -101,10 +101,14 @@ def test_scales_move_as_little_as_the_trial_has_it(seed):
         for grid_rate in (1 / 8, 1 / 4, 1 / 2):
             hybrid = Hybrid.from_range(-0.17, rng.uniform(1, 20), range_rate, grid_rate, 4)
             on_grid = kind_named("hybrid").on_grid(hybrid, 8)
-            assert on_grid.log_levels == hybrid.log_levels
-            for name in ("scale_log", "scale_uniform"):
-                moved = float(getattr(on_grid, name)) / float(getattr(hybrid, name))
-                assert moved == pytest.approx(1, rel=0.04), (range_rate, grid_rate)
+            if grid_rate == 1 / 2:
+                # Eight octaves need all of 8 bits: where the uniform part finds no room, the lowest are given up.
+                assert on_grid.log_levels <= hybrid.log_levels
+            else:
+                assert on_grid.log_levels == hybrid.log_levels
+                for name in ("scale_log", "scale_uniform"):
+                    moved = float(getattr(on_grid, name)) / float(getattr(hybrid, name))
+                    assert moved == pytest.approx(1, rel=0.04), (range_rate, grid_rate)
             last = 2**4 - 1
             np.testing.assert_allclose(on_grid.decode(last), hybrid.decode(last), rtol=1e-5)
     groups = Grouped(rng.uniform(0.2, 1, 4).astype(np.float32), np.full(4, 7.0), np.arange(32) % 4, 4)

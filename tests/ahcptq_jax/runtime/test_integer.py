@@ -1,4 +1,4 @@
-"""Integer inference: equal to the fake-quantized path at every site, in widths that are proven to suffice."""
+"""Integer inference: equal in both carriers at every site, in widths that are proven to suffice."""
 
 import dataclasses
 
@@ -10,14 +10,15 @@ import pytest
 
 from ahcptq_jax import QuantConfig
 from ahcptq_jax.architectures.base import Operation
-from ahcptq_jax.architectures.sites import flatten
+from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
+from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.runtime import integer, quantized
 from ahcptq_jax.runtime.integer import integer_model, width_table, widths
+from ahcptq_jax.runtime.products import CARRIERS
 from ahcptq_jax.runtime.quantized import QuantizedWeight
 from ahcptq_jax.runtime.quantized_layers import intercept_quantized
-from sam_flax import MINI_SCENES as MINI
-from sam_flax import VIT_B, VIT_H, VIT_L, SamPredictor
+from sam_flax import MINI, VIT_B, VIT_H, VIT_L, SamPredictor
 from sam_flax.encoders import vit
 from sam_flax.encoders.vit import Block
 from sam_flax.layers import Conv, Linear, conv_same
@@ -34,6 +35,7 @@ def picture(config, seed=7):
 
 def test_every_code_and_every_logit_is_equal(tiny_quantized):
     whole = integer_model(tiny_quantized)
+    tiny_quantized = dataclasses.replace(tiny_quantized, carrier="float32")
     image = picture(tiny_quantized.config)
     embeddings, codes = tiny_quantized.encode_with_codes(image)
     integer_embeddings, integer_codes = whole.encode_with_codes(image)
@@ -67,7 +69,7 @@ def test_every_layer_is_its_fake_quantized_self_on_equal_inputs(tiny_quantized):
 
     @jax.jit
     def run():
-        with nn.intercept_methods(watch), intercept_quantized(weights, activations, "int32", None):
+        with nn.intercept_methods(watch), intercept_quantized(weights, activations, 8, "int8", None):
             call(tiny_quantized.sam, params, image, None, BOXES[:1], None, False)
         return given, seen
 
@@ -99,6 +101,7 @@ def sam_b_block():
         "attn/proj/input": Uniform.from_range(-0.5, 0.5, 4),
         "attn/softmax": Log2(jnp.float32(0.1), jnp.int32(2), 4),
     } | {f"attn/{name}": Uniform.from_range(-3.0, 3.0, 4) for name in "qkv"}
+    activations = {site: kind_of(made).on_grid(made, 8) for site, made in activations.items()}
     weights = {}
     for site in list(activations):
         if site.endswith("/input"):
@@ -107,7 +110,7 @@ def sam_b_block():
             quantizer = Uniform.from_range(kernel.min(0), kernel.max(0), 4)
             codes = quantizer.encode(kernel)
             weights[layer] = QuantizedWeight.from_codes(codes, quantizer.scale, quantizer.zero_point, 4)
-    return Operation(block), quantized.unflatten(params), weights, activations, (x,)
+    return Operation(block), unflatten(params), weights, activations, (x,)
 
 
 @pytest.mark.parametrize("bounded", [False, True])
@@ -118,8 +121,8 @@ def test_a_block_of_sam_b(sam_b_block, bounded, monkeypatch):
         monkeypatch.setattr(vit, "_attention_bytes", lambda: asked.append(1) or (1, 1))
         monkeypatch.setattr(vit, "QUERY_CHUNK", 98)
     # A function of its own: what it compiles is in no cache of `_apply`, before or after.
-    apply = jax.jit(lambda *args: quantized._apply.__wrapped__(*args), static_argnums=(0, 5, 6))
-    results = [apply(*sam_b_block, carrier, True) for carrier in ("float32", "int32")]
+    apply = jax.jit(lambda *args: quantized._apply.__wrapped__(*args), static_argnums=(0, 5, 6, 7))
+    results = [apply(*sam_b_block, 8, carrier, True) for carrier in CARRIERS]
     assert len(asked) == 2 * bounded, "both were traced anew"
     (y, codes), (integer_y, integer_codes) = results
     assert set(codes) == set(sam_b_block[3])
@@ -132,16 +135,25 @@ def test_a_block_of_sam_b(sam_b_block, bounded, monkeypatch):
 
 def test_float_products_are_whole_on_every_device(sam_b_block):
     """Sums of integers are exact in float32, and not in what GPUs and TPUs multiply in by default."""
-    text = quantized._apply.lower(*sam_b_block, "float32", False).as_text()
+    text = quantized._apply.lower(*sam_b_block, 8, "float32", False).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line and "f32>" in line]
     assert len(products) > 6 and all("precision = [HIGHEST, HIGHEST]" in line for line in products), products
+
+
+def test_products_are_of_int8_and_hold_no_wider_operand(sam_b_block):
+    """Four layers and two products of an attention; relative positions, rows and columns, are floats."""
+    text = quantized._apply.lower(*sam_b_block, 8, "int8", False).as_text()
+    products = [line.split(" : ")[-1] for line in text.splitlines() if "stablehlo.dot_general" in line]
+    whole = [line for line in products if "i32>" in line]
+    assert len(whole) == 6 and all(line.count("xi8>") == 2 for line in whole), products
+    assert len(products) == 8, products
 
 
 @pytest.mark.slow
 def test_the_predictor_takes_it(tiny_quantized):
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     answers = []
-    for model in (tiny_quantized, integer_model(tiny_quantized)):
+    for model in (dataclasses.replace(tiny_quantized, carrier="float32"), integer_model(tiny_quantized)):
         predictor = SamPredictor(model)
         predictor.set_image(image)
         answers.append(predictor.predict(box=np.array([5, 5, 50, 50]), multimask_output=False))
@@ -172,12 +184,9 @@ def test_the_documented_table_is_the_computed_one():
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("config", [MINI, VIT_B, VIT_L, VIT_H], ids=["mini", "vit_b", "vit_l", "vit_h"])
-def test_no_accumulator_overflows(config, bits):
+def test_no_sum_overflows(config, bits):
     found = widths(config, QuantConfig(w_bits=bits, a_bits=bits))
-    assert max(width.bits for width in found) <= integer.ACCUMULATOR_BITS
-    if bits <= 5:
-        # Within the integers of float32, 24 bits and a sign: the carriers are equal.
-        assert max(width.bits for width in found) <= 25
+    assert max(width.bits for width in found) <= integer.SUM_BITS
 
 
 def test_widths_hold_what_occurs(tiny_quantized):
@@ -186,8 +195,9 @@ def test_widths_hold_what_occurs(tiny_quantized):
     site = "image_encoder/blocks_0/mlp/lin2/input"
     _, codes = tiny_quantized.encode_with_codes(picture(tiny_quantized.config))
     weight = tiny_quantized.weights[site.removesuffix("/input")]
-    levels = int(tiny_quantized.activations[site].log_levels)
-    x, w = np.asarray(codes[site], np.int64), np.asarray(weight.codes(), np.int64) - np.asarray(weight.zero_point)
-    shifts = np.where(x == levels, 0, 2.0 ** (7 - np.where(x > levels, 0, np.minimum(x, 7))))
-    assert np.abs(shifts @ w).max() < 2 ** (found["linear, hybrid input, log part"].bits - 1)
-    assert np.abs(np.maximum(x - levels, 0) @ w).max() < 2 ** (found["linear, hybrid input, uniform part"].bits - 1)
+    quantizer = tiny_quantized.activations[site]
+    level = np.asarray(kind_of(quantizer).levels(quantizer).of(codes[site]), np.int64)
+    columns = np.asarray(weight.codes(), np.int64) - np.asarray(weight.zero_point, np.int64)
+    assert 0 < np.abs(level @ columns).max() < 2 ** (found["linear"].bits - 1)
+    assert 128 < level.max() < 2 ** found["level"].bits
+    assert np.abs(columns.sum(0)).max() < 2 ** (found["sum of a column of weights"].bits - 1)
