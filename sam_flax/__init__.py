@@ -3,6 +3,7 @@
 from sam_flax.automatic_masks import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
 from sam_flax.config import CONFIGS as CONFIGS
 from sam_flax.config import MINI as MINI
+from sam_flax.config import MINI_SCENES as MINI_SCENES
 from sam_flax.config import VIT_B as VIT_B
 from sam_flax.config import VIT_H as VIT_H
 from sam_flax.config import VIT_L as VIT_L

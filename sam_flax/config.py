@@ -155,6 +155,20 @@ VIT_L = dataclasses.replace(VIT_B, embed_dim=1024, depth=24, num_heads=16, globa
 VIT_H = dataclasses.replace(VIT_B, embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
 # The small SAM that ships: the same graph at laptop size, trained by experiments/train_mini.py.
 MINI = SamConfig(
+    img_size=256,
+    patch_size=8,
+    embed_dim=192,
+    depth=6,
+    num_heads=6,
+    window_size=8,
+    global_attn_indexes=(2, 5),
+    out_chans=128,
+    decoder_num_heads=4,
+    decoder_mlp_dim=512,
+    iou_head_hidden_dim=128,
+)
+# Its predecessor, smaller and trained on generated scenes, kept for the results that stand on it.
+MINI_SCENES = SamConfig(
     img_size=160,
     patch_size=8,
     embed_dim=128,
@@ -167,4 +181,4 @@ MINI = SamConfig(
     decoder_mlp_dim=256,
     iou_head_hidden_dim=128,
 )
-CONFIGS = {"vit_b": VIT_B, "vit_l": VIT_L, "vit_h": VIT_H, "mini": MINI}
+CONFIGS = {"vit_b": VIT_B, "vit_l": VIT_L, "vit_h": VIT_H, "mini": MINI, "mini-scenes": MINI_SCENES}

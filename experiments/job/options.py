@@ -90,7 +90,9 @@ class Options(EvaluationProtocol, _Overrides):
         InputError: if a value is none of its setting, or two contradict each other.
     """
 
-    checkpoint: str = _own("mini", "SAM weights: 'mini', an official .pth, or .safetensors.")
+    checkpoint: str = _own(
+        "mini", "SAM weights: 'mini' or 'mini-scenes', which ship, an official .pth, or .safetensors."
+    )
     decoder_num_heads: int | None = _own(
         None,
         "Heads of the checkpoint's mask decoder, which its tensors do not say; a published SAM has 8.",

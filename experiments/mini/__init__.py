@@ -1,1 +1,1 @@
-"""The training of MINI, the small SAM that ships."""
+"""Training of MINI, the small SAM that ships, on photographs and generated scenes."""

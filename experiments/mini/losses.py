@@ -11,52 +11,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam_flax.heads.mask_decoder import MaskDecoder
-from sam_flax.layers import MLP
+from experiments.mini.augment import Batch
+from experiments.mini.forward import Decoded, Prompts, auxiliary_head, decode, encode, upscale
 from sam_flax.sam import Params, Sam, call
 
-
-class Batch(NamedTuple):
-    """B images with P prompted objects each; pixel coordinates are those of the canvas."""
-
-    images: jax.Array  # (B, S, S, 3) uint8
-    masks: jax.Array  # (B, P, 4g, 4g) uint8, 0..255 coverage of each mask cell
-    boxes: jax.Array  # (B, P, 4) float32 prompt boxes, xyxy
-    points: jax.Array  # (B, P, 2) float32 prompt points, xy
-    is_point: jax.Array  # (B, P) bool: prompted by its point instead of its box
-    mask_noise: jax.Array  # (B, P, g, g) float32: perturbs the mask prompt; NaN-free
-    has_mask: jax.Array  # (B, P) bool: a rough mask is given as well
-    weight: jax.Array  # (B, P) float32: 0 for padding prompts
+SMALL = 0.0025  # share of the canvas: 32 x 32 pixels of a photograph of 640 x 640
 
 
 class LossWeights(NamedTuple):
     focal: float = 3.0
     dice: float = 1.0
-    multimask: float = 0.5
     iou: float = 1.0
     dense: float = 0.4
     token: float = 0.6
-
-
-def auxiliary_head(dim: int) -> MLP:
-    """Mean embedding of an object -> weights over the upscaled features; used in training only."""
-    return MLP(dim, dim, dim // 8, 2)
-
-
-def normalise(sam: Sam, images: jax.Array) -> jax.Array:
-    """uint8 -> the encoder's input, (B, S, S, 3)."""
-    mean, std = jnp.array(sam.config.pixel_mean), jnp.array(sam.config.pixel_std)
-    return (images.astype(jnp.float32) - mean) / std
-
-
-def upscale(sam: Sam, params: Params, embedding: jax.Array) -> jax.Array:
-    """The decoder's upscaling applied to the embedding alone: (B, g, g, C) -> (B, 4g, 4g, C/8)."""
-
-    def run(module: MaskDecoder, x: jax.Array) -> jax.Array:
-        return module.output_upscaling(x)
-
-    decoder = MaskDecoder(sam.config, parent=None)
-    return nn.apply(run, decoder)({"params": params["mask_decoder"]}, embedding)
+    second: float = 0.5  # the round after the first click on an error, of half of the prompts; 0: it is left out
+    # Of the single mask and of the best of three: a box means one object, a point may mean several.
+    box: tuple[float, float] = (1.0, 0.3)
+    point: tuple[float, float] = (0.4, 1.0)
 
 
 def box_region(boxes: jax.Array, canvas: int, size: int) -> jax.Array:
@@ -92,14 +63,19 @@ def focal_loss(logits: jax.Array, target: jax.Array, area: jax.Array) -> jax.Arr
 
 
 def dice_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """One less the overlap of masks; a small object left empty costs as much as a large one."""
     p = nn.sigmoid(logits)
     overlap, total = (p * target).sum((-2, -1)), (p + target).sum((-2, -1))
-    return 1 - (2 * overlap + 1) / (total + 1)
+    return 1 - (2 * overlap + 0.1) / (total + 0.1)
 
 
 def mask_iou(logits: jax.Array, target: jax.Array) -> jax.Array:
-    a, b = logits > 0, target > 0.5
-    return (a & b).sum((-2, -1)) / jnp.maximum((a | b).sum((-2, -1)), 1)
+    """IoU of masks whose cells may be covered in part: (..., H, W) -> (...).
+
+    A logit near zero is a cell that the outline crosses: interpolation will put the outline there.
+    """
+    p = nn.sigmoid(4 * logits)
+    return jnp.minimum(p, target).sum((-2, -1)) / jnp.maximum(jnp.maximum(p, target).sum((-2, -1)), 1e-3)
 
 
 def dense_loss(
@@ -110,106 +86,149 @@ def dense_loss(
     g = sam.config.grid
     coarse = target.reshape(b, p, g, size // g, g, size // g).mean((3, 5))
     coarse = coarse / (coarse.sum((-2, -1), keepdims=True) + 1e-3)
-    mean = jnp.einsum("bpij,bijc->bpc", coarse, embedding)
-    head = auxiliary_head(sam.config.out_chans)
-    weights = call(head, params["auxiliary"], mean)
-    return balanced_bce(jnp.einsum("bpc,bijc->bpij", weights, upscaled), target, region)
+    mean = jnp.einsum("bpij,bijc->bpc", coarse, embedding.astype(jnp.float32))
+    weights = call(auxiliary_head(sam.config.out_chans), params["auxiliary"], mean)
+    logits = jnp.einsum("bpc,bijc->bpij", weights.astype(upscaled.dtype), upscaled).astype(jnp.float32)
+    return balanced_bce(logits, target, region)
 
 
-def pretrain_loss(sam: Sam, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def pretrain_loss(sam: Sam, params: Params, batch: Batch, precision: jnp.dtype) -> tuple[jax.Array, dict]:
     """Encoder and upscaling alone, no prompts."""
-    target = batch.masks.astype(jnp.float32) / 255
-    embedding = call(sam, params, normalise(sam, batch.images), method="encode_image")
-    region = box_region(batch.boxes, sam.config.img_size, target.shape[-1])
-    dense = dense_loss(sam, params, embedding, upscale(sam, params, embedding), target, region)
-    loss = _weighted(dense, batch.weight)
+    embedding = encode(sam, params, batch.images, precision)
+    region = box_region(batch.true_boxes, sam.config.img_size, batch.masks.shape[-1])
+    upscaled = upscale(sam, params, embedding)
+    loss = _weighted(dense_loss(sam, params, embedding, upscaled, batch.masks, region), batch.weight)
     return loss, {"loss": loss, "dense": loss}
 
 
 def joint_loss(
-    sam: Sam, params: Params, batch: Batch, weights: LossWeights, freeze_encoder: bool
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The full objective; with `freeze_encoder` no gradient is computed for the image encoder."""
-    config = sam.config
-    b, p = batch.weight.shape
-    n, size = b * p, config.mask_size
-    target = batch.masks.astype(jnp.float32) / 255  # (B, P, 4g, 4g)
-    embedding = call(sam, params, normalise(sam, batch.images), method="encode_image")
-    if freeze_encoder:
+    sam: Sam,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    weights: LossWeights,
+    precision: jnp.dtype,
+    frozen_encoder: bool = False,
+) -> tuple[jax.Array, dict]:
+    """The full objective: every prompt, then half of them again with a click on the first answer's error.
+
+    With `frozen_encoder` no gradient is computed for the image encoder.
+    """
+    embedding = encode(sam, params, batch.images, precision)
+    if frozen_encoder:
         embedding = jax.lax.stop_gradient(embedding)
-
-    sparse, dense_prompt = _encode_prompts(sam, params, batch, target)
-    repeated = jnp.repeat(embedding, p, axis=0)
-    logits, iou_pred, hyper = _decode(sam, params, repeated, sparse, dense_prompt)
-
-    flat = target.reshape(n, 1, size, size)
-    region = box_region(batch.boxes, config.img_size, size)
-    area = region.sum((-2, -1)).reshape(n, 1) + 1.0
-    per_mask = weights.focal * focal_loss(logits, flat, area) + weights.dice * dice_loss(logits, flat)
-    single, multi = per_mask[:, 0], per_mask[:, 1:].min(axis=1)
-    iou = mask_iou(logits, flat)
-    iou_loss = jnp.square(iou_pred - iou).mean(-1)
+    prompts = first_prompts(batch)
+    first = decode(sam, params, embedding, prompts)
+    region = box_region(batch.true_boxes, sam.config.img_size, batch.masks.shape[-1])
+    losses, iou = _mask_losses(first, batch.masks, region, batch.is_point, weights)
 
     upscaled = upscale(sam, params, embedding)
-    token_logits = jnp.einsum("bpc,bijc->bpij", hyper.reshape(b, p, -1), upscaled)
-    token = balanced_bce(token_logits, target, region)
-    dense = dense_loss(sam, params, embedding, upscaled, target, region)
-
-    w = batch.weight.reshape(n)
-    total = (
-        _weighted(single + weights.multimask * multi + weights.iou * iou_loss, w)
-        + weights.token * _weighted(token, batch.weight)
-        + weights.dense * _weighted(dense, batch.weight)
-    )
-    box = w * ~batch.is_point.reshape(n)
-    point = w * batch.is_point.reshape(n)
+    hyper = first.hyper.astype(upscaled.dtype)
+    token_logits = jnp.einsum("bpc,bijc->bpij", hyper, upscaled).astype(jnp.float32)
+    token = _weighted(balanced_bce(token_logits, batch.masks, region), batch.weight)
+    w = batch.weight
+    small = w * ~batch.is_point * (batch.masks.mean((-2, -1)) < SMALL)
     metrics = {
-        "loss": total,
-        "dense": _weighted(dense, batch.weight),
-        "token": _weighted(token, batch.weight),
-        "box_iou": _weighted(iou[:, 0], box),
-        "point_iou": _weighted(iou[:, 1:].max(-1), point),
+        "token": token,
+        "box_iou": _weighted(iou[..., 0], w * ~batch.is_point),
+        "small_iou": _weighted(iou[..., 0], small),
+        "point_iou": _weighted(iou[..., 1:].max(-1), w * batch.is_point),
     }
-    return total, metrics
+    total = _weighted(losses, w) + weights.token * token
+    if weights.dense:
+        metrics["dense"] = _weighted(dense_loss(sam, params, embedding, upscaled, batch.masks, region), w)
+        total += weights.dense * metrics["dense"]
+    if weights.second:
+        again, click_iou = _second_round(sam, params, embedding, batch, region, key, prompts, first, weights)
+        total, metrics["click_iou"] = total + weights.second * again, click_iou
+    return total, {"loss": total, **metrics}
+
+
+def _second_round(
+    sam: Sam,
+    params: Params,
+    embedding: jax.Array,
+    batch: Batch,
+    region: jax.Array,
+    key: jax.Array,
+    prompts: Prompts,
+    first: Decoded,
+    weights: LossWeights,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss and the IoU of the answers to a click on the errors of the first ones."""
+    half = batch.weight.shape[1] // 2
+    clicked = second_prompts(key, prompts, first, batch.masks, half, sam.config.img_size)
+    again = decode(sam, params, embedding, clicked)
+    # Two prompts mean one object, whether there is a box or not.
+    none = jnp.zeros_like(batch.is_point[:, :half])
+    losses, iou = _mask_losses(again, batch.masks[:, :half], region[:, :half], none, weights)
+    return _weighted(losses, batch.weight[:, :half]), _weighted(iou[..., 0], batch.weight[:, :half])
+
+
+def first_prompts(batch: Batch) -> Prompts:
+    """Boxes, or points without a box."""
+    b, p = batch.weight.shape
+    size = batch.masks.shape[-1]
+    return Prompts(
+        batch.boxes,
+        ~batch.is_point,
+        batch.points[:, :, None],
+        jnp.ones((b, p, 1), jnp.int32),
+        jnp.zeros((b, p, size, size)),
+        jnp.zeros((b, p), bool),
+    )
+
+
+def second_prompts(
+    key: jax.Array, prompts: Prompts, answer: Decoded, target: jax.Array, half: int, canvas: int
+) -> Prompts:
+    """The first `half` prompts of each image with a click where the answer is wrong, mostly with its logits too."""
+    click_key, mask_key = jax.random.split(key)
+    logits = jax.lax.stop_gradient(answer.logits[:, :half])
+    best = jnp.where(prompts.boxed[:, :half], 0, 1 + answer.iou[:, :half, 1:].argmax(-1))
+    shown = jnp.take_along_axis(logits, best[..., None, None, None], axis=2)[:, :, 0]
+    points, labels = error_clicks(click_key, shown, target[:, :half], canvas)
+    b = points.shape[0]
+    return Prompts(
+        prompts.boxes[:, :half],
+        prompts.boxed[:, :half],
+        jnp.concatenate([prompts.points[:, :half], points[:, :, None]], axis=2),
+        jnp.concatenate([prompts.labels[:, :half], labels[..., None]], axis=2),
+        shown,
+        jax.random.uniform(mask_key, (b, half)) < 0.8,
+    )
+
+
+def error_clicks(key: jax.Array, logits: jax.Array, target: jax.Array, canvas: int) -> tuple[jax.Array, jax.Array]:
+    """A click well inside the wrong part of each mask (B, P, m, m): xy (B, P, 2), and 1 for object or 0."""
+    b, p, m, _ = target.shape
+    truth = target > 0.5
+    wrong = ((logits > 0) != truth).astype(jnp.float32).reshape(b * p, m, m)
+    window = max(3, m // 20) | 1
+    deep = jax.lax.reduce_window(wrong, 0.0, jax.lax.add, (1, window, window), (1, 1, 1), "SAME") / window**2
+    score = jnp.log(wrong * deep**2 + 1e-9) + jax.random.gumbel(key, wrong.shape)
+    cell = score.reshape(b * p, -1).argmax(-1)
+    is_object = jnp.take_along_axis(truth.reshape(b * p, -1), cell[:, None], axis=1)[:, 0]
+    xy = (jnp.stack([cell % m, cell // m], axis=-1) + 0.5) * (canvas / m)
+    return xy.reshape(b, p, 2), is_object.reshape(b, p).astype(jnp.int32)
+
+
+def _mask_losses(
+    decoded: Decoded, target: jax.Array, region: jax.Array, is_point: jax.Array, weights: LossWeights
+) -> tuple[jax.Array, jax.Array]:
+    """Losses (B, P) of all masks, and their IoU (B, P, 4)."""
+    each = target[:, :, None]
+    # A floor, or the empty canvas around a small object would be most of the loss.
+    area = region.sum((-2, -1))[..., None] + 32.0
+    logits = decoded.logits
+    per_mask = weights.focal * focal_loss(logits, each, area) + weights.dice * dice_loss(logits, each)
+    iou = jax.lax.stop_gradient(mask_iou(logits, each))
+    single, three = per_mask[..., 0], per_mask[..., 1:]
+    # A little of the mean keeps every mask alive.
+    multi = 0.95 * three.min(-1) + 0.05 * three.mean(-1)
+    of_single, of_multi = (jnp.where(is_point, p, b) for p, b in zip(weights.point, weights.box, strict=True))
+    return of_single * single + of_multi * multi + weights.iou * jnp.square(decoded.iou - iou).mean(-1), iou
 
 
 def _weighted(values: jax.Array, weight: jax.Array) -> jax.Array:
     return (values * weight).sum() / jnp.maximum(weight.sum(), 1.0)
-
-
-def _encode_prompts(sam: Sam, params: Params, batch: Batch, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Box or point prompts, both two tokens long, some with a rough mask: (N, 2, C), (N, g, g, C)."""
-    config = sam.config
-    n, g, size = batch.weight.size, config.grid, config.mask_size
-    labels = jnp.ones((n, 1), jnp.int32)
-    points = (batch.points.reshape(n, 1, 2), labels)
-    # The rough mask: the true one moved by smooth noise, in logits like those the decoder returns.
-    noise = jax.image.resize(batch.mask_noise.reshape(n, g, g), (n, size, size), "linear")
-    rough = 8.0 * (target.reshape(n, size, size) - 0.5) + 4.0 * noise
-    by_point, masked = call(sam, params, points, None, rough[..., None], method="encode_prompts")
-    by_box, unmasked = call(sam, params, None, batch.boxes.reshape(n, 4), None, method="encode_prompts")
-    sparse = jnp.where(batch.is_point.reshape(n, 1, 1), by_point, by_box)
-    dense = jnp.where(batch.has_mask.reshape(n, 1, 1, 1), masked, unmasked)
-    return sparse, dense
-
-
-def _decode(
-    sam: Sam, params: Params, embedding: jax.Array, sparse: jax.Array, dense: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All four masks, predicted IoUs, and the single-mask token's weights over the upscaled features (N, C/8)."""
-
-    def run(module: Sam) -> tuple[jax.Array, jax.Array]:
-        pe = module.prompt_encoder.get_dense_pe()
-        return module.mask_decoder(embedding, pe, sparse, dense)
-
-    hyper: list[jax.Array] = []
-
-    def capture(next_fun, args, kwargs, context):
-        out = next_fun(*args, **kwargs)
-        if context.module.name == "output_hypernetworks_mlps_0":
-            hyper.append(out)
-        return out
-
-    with nn.intercept_methods(capture):
-        logits, iou = nn.apply(run, Sam(sam.config))({"params": params})
-    return logits, iou, hyper[-1]

@@ -23,7 +23,9 @@ from sam_flax.files.torch_archive import read_torch_file
 from sam_flax.files.trees import ParamTree, as_float, by_path, check_tree, nested
 from sam_flax.segmenter import Params
 
-MINI_WEIGHTS = Path(__file__).parents[1] / "weights" / "mini.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "weights"
+# What ships, by the name that `load_sam` takes.
+PACKAGED = {"mini": WEIGHTS / "mini.safetensors", "mini-scenes": WEIGHTS / "mini_scenes.safetensors"}
 FORMAT = "sam_flax"
 VERSION = "1"
 
@@ -42,8 +44,8 @@ def load_sam(
 
     Args:
         path: an official `.pth` or `.pt`, a `.safetensors` with Meta's or Hugging Face's names, a training checkpoint
-            that holds one of these beside other things, a file by `save_params`, or "mini" for the model that ships.
-            The content decides, not the extension.
+            that holds one of these beside other things, a file by `save_params`, "mini" for the model that ships, or
+            "mini-scenes" for its predecessor. The content decides, not the extension.
         decoder_num_heads: heads of the mask decoder, which no file but ours says; 8, as in every published SAM, is
             assumed with a warning where the width of the decoder is another than theirs.
         img_size: side of the canvas in pixels, for a model that is to run at another size than its absolute positions
@@ -74,8 +76,8 @@ def load_sam(
         pixel_mean=pixel_mean,
         pixel_std=pixel_std,
     )
-    if path == "mini":
-        path = MINI_WEIGHTS
+    if path in PACKAGED:
+        path = PACKAGED[str(path)]
         if not path.exists():
             raise FileNotFoundError(
                 f"The packaged weights {path} are missing; reinstall the package or run experiments.train_mini."

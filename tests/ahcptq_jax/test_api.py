@@ -26,7 +26,8 @@ from ahcptq_jax.runtime import quantized as quantized_module
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from ahcptq_jax.transforms.bimodal import unify_keys
 from ahcptq_jax.transforms.harder import make_harder
-from sam_flax import MINI, SamPredictor, load_sam
+from sam_flax import MINI_SCENES as MINI
+from sam_flax import SamPredictor, load_sam
 from sam_flax import sam as sam_module
 from sam_flax.errors import InputError
 from sam_flax.files.trees import ParamTree
@@ -100,7 +101,7 @@ def test_two_arguments_infer_the_model_and_take_w4a4(tiny, monkeypatch):
 
 
 def test_the_parameters_of_load_sam_say_whose_they_are():
-    sam, params = load_sam("mini")
+    sam, params = load_sam("mini-scenes")
     assert quantize_module.check_model(None, params) == sam
     assert sam.config == MINI
 
@@ -160,7 +161,7 @@ def test_a_module_that_differs_in_anything_that_shapes_hold_is_refused(tiny, cha
 
 @pytest.mark.slow
 def test_two_arguments_quantize_mini():
-    sam, params = load_sam("mini")
+    sam, params = load_sam("mini-scenes")
     rng = np.random.default_rng(0)
     model = quantize(params, [rng.integers(0, 256, (160, 120, 3), dtype=np.uint8)])
     assert model.config == sam.config and model.quant_config == W4A4

@@ -20,7 +20,8 @@ from jax.extend.core import jaxprs_in_params
 from experiments import benchmark
 from experiments.bench import peers, rows
 from sam_flax import Sam
-from sam_flax.config import MINI, VIT_B
+from sam_flax.config import MINI_SCENES as MINI
+from sam_flax.config import VIT_B
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

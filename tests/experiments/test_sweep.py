@@ -173,25 +173,25 @@ PHOTOGRAPHS = {
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("mini", {"num_scenes": 200}),
-        ("harder", {"num_scenes": 200, "harder": 1.0}),
-        ("photographs", PHOTOGRAPHS),
+        ("mini_scenes", {"num_scenes": 200}),
+        ("mini_scenes_harder", {"num_scenes": 200, "harder": 1.0}),
+        ("mini_scenes_photographs", PHOTOGRAPHS),
     ],
 )
-def test_kept_records_are_the_tables_of_the_readme(
+def test_kept_records_are_the_tables_that_are_shown(
     name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The README's commands print its tables from `results/` without a run."""
+    """The commands of `results/README.md` print its tables from `results/` without a run."""
     monkeypatch.setattr(sweep.one_run, "run", lambda options, **_: pytest.fail(f"no record of {options}"))
     methods = "ahcptq,ptq4sam_l,qdrop,brecq,adaround,ptq4sam_s,percentile,omse,minmax"
     settings = sweep.parse_settings(methods, "44,55,66")
-    options = Options(iterations=200, blank=False, **changes)
+    options = Options(checkpoint="mini-scenes", grid_bits=0, iterations=200, blank=False, **changes)
     printed = sweep.sweep(options, settings, 3, tmp_path, ROOT / "results" / f"{name}.jsonl")
     # They were made before records kept the version of their code, which is said and not silent.
     stale, _, by_bits = printed.split("\n\n")
     assert stale.startswith("protocol: box prompts, one mask a prompt, ranked by box score times predicted IoU (--")
     assert stale.splitlines()[1].startswith("rows of other code: 81 of 81 (made by an earlier version; this is ")
-    assert by_bits.count("\n") == 12 and by_bits.strip() in (ROOT / "README.md").read_text()
+    assert by_bits.count("\n") == 12 and by_bits.strip() in (ROOT / "results" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("line", ["{", '{"config": {}}', '{"config": {"nothing": 1}, "fp": {}, "quantized": {}}', "[]"])

@@ -22,7 +22,7 @@ from hwcost.pages import page, tables
 from hwcost.study.options import Options, with_foreign_flags
 from hwcost.study.study import Study, kernel_rows, study_of
 from hwcost.study.variants import BASELINES, METHOD, TWO_PATH, variants
-from sam_flax.config import MINI
+from sam_flax.config import MINI_SCENES as MINI
 from sam_flax.errors import InputError
 
 ROOT = Path(__file__).parents[2]

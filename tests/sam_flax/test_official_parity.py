@@ -310,7 +310,7 @@ def shapes_on_a_plane() -> np.ndarray:
     ],
 )
 def test_automatic_masks(segment_anything, record_property, arguments):
-    sam, params = load_sam("mini")
+    sam, params = load_sam("mini-scenes")
     official = official_of(segment_anything, sam.config, params)
     arguments = arguments | {"output_mode": "coco_rle"}
     want = segment_anything.SamAutomaticMaskGenerator(official, **arguments).generate(shapes_on_a_plane())

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sam_flax import MINI, VIT_B
+from sam_flax import MINI_SCENES as MINI
+from sam_flax import VIT_B
 from sam_flax.preprocessing import (
     apply_boxes,
     apply_coords,

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam_flax import MINI, VIT_B, VIT_H, VIT_L, Sam, SamConfig, SamModel, load_sam
+from sam_flax import MINI_SCENES as MINI
+from sam_flax import VIT_B, VIT_H, VIT_L, Sam, SamConfig, SamModel, load_sam
 from sam_flax.encoders import vit as encoder_module
 from sam_flax.encoders.vit import (
     Attention,

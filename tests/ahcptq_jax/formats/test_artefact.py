@@ -18,7 +18,8 @@ from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.formats import artefact
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
-from sam_flax import MINI, VIT_B, load_sam, save_params
+from sam_flax import MINI_SCENES as MINI
+from sam_flax import VIT_B, load_sam, save_params
 from sam_flax.files.parameters import parameter_shapes
 from sam_flax.sam import Sam
 

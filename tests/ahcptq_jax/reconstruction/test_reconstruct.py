@@ -697,7 +697,7 @@ def test_a_finished_calibration_is_taken_over(sam, params, calibrated, tmp_path,
 @pytest.mark.slow
 def test_mini_gets_better(capsys, tmp_path):
     """W4A4 of MINI on 8 calibration scenes, few iterations: masks on 20 others agree more with floating point."""
-    sam, params = load_sam("mini")
+    sam, params = load_sam("mini-scenes")
     size = sam.config.img_size
     calib = [(scene.image, scene.boxes) for scene in scenes.scene_dataset(scenes.CALIB_SEED, 8, size)]
     dataset = coco.CocoDataset.from_memory(*scenes.to_coco(scenes.scene_dataset(scenes.EVAL_SEED, 20, size)))

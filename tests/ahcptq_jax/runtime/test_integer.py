@@ -18,7 +18,8 @@ from ahcptq_jax.runtime.integer import integer_model, width_table, widths
 from ahcptq_jax.runtime.products import CARRIERS
 from ahcptq_jax.runtime.quantized import QuantizedWeight
 from ahcptq_jax.runtime.quantized_layers import intercept_quantized
-from sam_flax import MINI, VIT_B, VIT_H, VIT_L, SamPredictor
+from sam_flax import MINI_SCENES as MINI
+from sam_flax import VIT_B, VIT_H, VIT_L, SamPredictor
 from sam_flax.encoders import vit
 from sam_flax.encoders.vit import Block
 from sam_flax.layers import Conv, Linear, conv_same

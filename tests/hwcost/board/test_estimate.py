@@ -13,7 +13,8 @@ from hwcost.board.accelerator import PRESETS, Accelerator, Design, cores, elemen
 from hwcost.board.constants import CONSTANTS, Constant, draws, nominal, yosys_cells
 from hwcost.board.estimate import RESOURCES, Estimate, estimate
 from hwcost.counts.counts import Counts
-from sam_flax.config import MINI, VIT_B
+from sam_flax.config import MINI_SCENES as MINI
+from sam_flax.config import VIT_B
 
 ZCU102 = PRESETS["zcu102"]
 UNIFORM = QuantConfig(hluq=False, cag=False, agq=False)

@@ -16,7 +16,8 @@ import pytest
 import hwcost
 from hwcost.board.cycles import Dataflow, systolic_cycles
 from hwcost.counts.costs import Gemm
-from sam_flax.config import MINI, VIT_B
+from sam_flax.config import MINI_SCENES as MINI
+from sam_flax.config import VIT_B
 
 PYTHON = os.environ.get("SCALESIM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="SCALESIM_PYTHON names no Python with scalesim==3.0.0")

@@ -16,7 +16,8 @@ from ahcptq_jax.recipe import site_kind
 from hwcost.counts.builder import GELU_OPS
 from hwcost.counts.codes import Histogram
 from hwcost.counts.counts import Counts
-from sam_flax.config import CONFIGS, MINI, VIT_B, SamConfig
+from sam_flax.config import CONFIGS, VIT_B, SamConfig
+from sam_flax.config import MINI_SCENES as MINI
 from sam_flax.encoders import vit
 from sam_flax.errors import InputError
 from sam_flax.sam import Sam

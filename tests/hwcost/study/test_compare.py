@@ -14,7 +14,8 @@ from hwcost.study.compare import Comparison, Interval, compare
 from hwcost.study.ledger import CLAIMS, LEFT_OPEN, ON_GRID, Entry, ledger
 from hwcost.study.sensitivity import code_sensitivities, sensitivities
 from hwcost.study.variants import BASELINES, GRIDS, METHOD, TWO_PATH, Variant, baselines, forms, variants
-from sam_flax.config import MINI, VIT_L
+from sam_flax.config import MINI_SCENES as MINI
+from sam_flax.config import VIT_L
 from sam_flax.errors import InputError
 
 ZCU102 = PRESETS["zcu102"]

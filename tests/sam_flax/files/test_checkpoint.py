@@ -124,7 +124,7 @@ def test_load_sam(tiny_tree, tmp_path, refused, tiny_config, tiny_pth):
 
 
 def test_missing_packaged_weights(monkeypatch, tmp_path, refused):
-    monkeypatch.setattr(checkpoint, "MINI_WEIGHTS", tmp_path / "mini.safetensors")
+    monkeypatch.setitem(checkpoint.PACKAGED, "mini", tmp_path / "mini.safetensors")
     refused(lambda: load_sam("mini"), "reinstall", error=FileNotFoundError)
 
 

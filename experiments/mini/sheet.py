@@ -1,0 +1,83 @@
+"""A sheet of photographs with what was true, what a SAM in floating point says, and what it says quantized.
+
+    python -m experiments.mini.sheet --images=coco100/val2017 --annotations=coco100/annotations/instances_val2017.json \
+        --artefact=runs/w4a4/quantized.safetensors --count=24 --out=sheet.png
+
+Each photograph is shown four times: boxes, true masks, floating point, quantized. The sheet holds parts of the
+photographs: it is for looking, not for publishing.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from PIL import Image
+
+from experiments.coco import load_boxes, load_coco
+from experiments.coco.masks import decode
+from experiments.evaluate.predictions import predict_image
+from experiments.job.command import finish
+from experiments.mini.evaluate import load_model
+from experiments.report.examples import Example
+from experiments.report.pictures import draw_masks, draw_prompts
+from sam_flax import SamPredictor
+from sam_flax.predictor import MaskModel
+
+WIDTH, HEIGHT = 240, 200  # of a picture on the sheet
+ACROSS = 3  # photographs in a row
+
+
+def place(picture: Image.Image) -> np.ndarray:
+    """A picture in its field, (HEIGHT, WIDTH, 3)."""
+    field = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    picture.thumbnail((WIDTH - 4, HEIGHT - 4))
+    field.paste(picture, ((WIDTH - picture.width) // 2, (HEIGHT - picture.height) // 2))
+    return np.asarray(field)
+
+
+def make_sheet(images: str, annotations: str, models: Sequence[MaskModel], count: int) -> Image.Image:
+    """The sheet of the first `count` photographs with objects, of at most eight of them, the largest."""
+    dataset = load_coco(images, annotations)
+    boxes = load_boxes("gt", dataset)
+    shown = [item for item in dataset.items if len(boxes.per_image[item.image_id])][:count]
+    predictors = [SamPredictor(model) for model in models]
+    fields = []
+    for item in shown:
+        prompts = boxes.per_image[item.image_id]
+        image = dataset.read_image(item)
+        largest = np.argsort(-np.prod(prompts.boxes[:, 2:] - prompts.boxes[:, :2], axis=1))[:8]
+        rles = [dataset.ground_truth_rle(int(prompts.annotation_ids[i])) for i in largest]
+        truth = decode(rles, (item.height, item.width))
+        prompted = Example(item.name, image, prompts.boxes[largest], truth, truth)
+        row = [place(draw_prompts(prompted)), place(draw_masks(image, truth))]
+        for predictor in predictors:
+            predictor.set_image(image)
+            masks = predict_image(predictor, item, prompts).masks(largest.tolist())
+            row.append(place(draw_masks(image, masks)))
+        fields.append(np.concatenate(row, axis=1))
+    fields += [np.full_like(fields[0], 255)] * (-len(fields) % ACROSS)
+    rows = [np.concatenate(fields[i : i + ACROSS], axis=1) for i in range(0, len(fields), ACROSS)]
+    return Image.fromarray(np.concatenate(rows))
+
+
+FLAGS = flags.FLAGS
+
+
+def work() -> int:
+    """Writes the sheet."""
+    models = [load_model(FLAGS.checkpoint, "")]
+    if FLAGS.artefact:
+        models.append(load_model(FLAGS.checkpoint, FLAGS.artefact))
+    make_sheet(FLAGS.images, FLAGS.annotations, models, FLAGS.count).save(Path(FLAGS.out))
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("images", None, "Folder of images.", required=True)
+    flags.DEFINE_string("annotations", None, "COCO instances file.", required=True)
+    flags.DEFINE_string("checkpoint", "mini", "SAM weights.")
+    flags.DEFINE_string("artefact", "", "The same, quantized.")
+    flags.DEFINE_integer("count", 24, "Photographs.")
+    flags.DEFINE_string("out", None, "The picture to write.", required=True)
+    app.run(lambda argv: finish(argv, work))

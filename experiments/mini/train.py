@@ -1,0 +1,170 @@
+"""The training loop: phases, curve, states, weights."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.mini.atlas import CURVE_SCENE, HELD, Atlas, cumulative_weights, uniform_weights
+from experiments.mini.augment import BatchSettings
+from experiments.mini.curve import make_curve
+from experiments.mini.losses import LossWeights
+from experiments.mini.schedule import Schedule, Step, make_step, start_state
+from experiments.mini.start import init_params, with_auxiliary
+from experiments.mini.state import load_state, save_state
+from sam_flax.config import SamConfig
+from sam_flax.files.checkpoint import save_params
+from sam_flax.sam import Params, Sam
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """How one run goes on, apart from what it trains.
+
+    Attributes:
+        seed: of the initial weights and of the batches.
+        scene_share: images that are generated scenes.
+        source_weights: of photographs, by source; 1 where none is given.
+        precision: of the forward pass.
+        log_every: steps between lines of the curve.
+        eval_every: steps between its scores; 0: none.
+        eval_batches: batches that these are taken on.
+        save_minutes: between saved states.
+        minutes: of the joint phase, whose length then follows from the speed of its first steps; 0: by its steps.
+        losses: weights of the losses.
+    """
+
+    seed: int = 0
+    scene_share: float = 0.25
+    source_weights: tuple[tuple[str, float], ...] = ()
+    precision: str = "bfloat16"
+    losses: LossWeights = LossWeights()
+    log_every: int = 100
+    eval_every: int = 1000
+    eval_batches: int = 3
+    save_minutes: float = 1.0
+    minutes: float = 0.0
+
+
+def train(
+    out: Path,
+    config: SamConfig,
+    schedule: Schedule,
+    batches: BatchSettings,
+    run: RunSettings,
+    atlas: Atlas,
+    sources: tuple[str, ...],
+    start: Params | None = None,
+) -> Params:
+    """Trains (or resumes) and returns the averaged parameters.
+
+    Args:
+        out: folder of `state.npz`, `curve.jsonl` and `mini.safetensors`.
+        config: the model.
+        schedule: its phases.
+        batches: what a batch is.
+        run: the rest.
+        atlas: the images.
+        sources: where each of them comes from.
+        start: weights to start from instead of random ones, without training heads.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    sam = Sam(config)
+    params = init_params(sam, run.seed) if start is None else with_auxiliary(start, config, run.seed)
+    state = start_state(params, schedule)
+    fingerprint, state_path = _fingerprint(config, schedule, batches, run, start), out / "state.npz"
+    if state_path.exists():
+        state = load_state(state_path, state, fingerprint)
+    cumulative = jnp.asarray(cumulative_weights(sources, dict(run.source_weights), run.scene_share))
+    found = {"photo": uniform_weights(sources, HELD), "scene": uniform_weights(sources, CURVE_SCENE)}
+    parts = {k: jnp.asarray(v) for k, v in found.items() if v is not None}
+    precision = jnp.dtype(run.precision)
+    evaluate = make_curve(sam, batches, precision)
+    steps: dict[str, Step] = {}
+    key, total = jax.random.fold_in(jax.random.key(run.seed), 7), schedule.total
+    log, clock = _Log(out / "curve.jsonl"), _Clock(schedule, run.minutes)
+    saved = time.monotonic()
+    done = int(state.step)
+    while done < total:
+        phase = schedule.phase(done)
+        # The decoder alone learns in the warm phase, by its rates: it shares the joint phase's compiled step.
+        compiled = "pretrain" if phase == "pretrain" else "joint"
+        if compiled not in steps:
+            steps[compiled] = make_step(sam, schedule, batches, run.losses, compiled, precision)
+        state, metrics = steps[compiled](state, key, jnp.asarray(total), atlas, cumulative)
+        log.add(metrics)
+        done += 1
+        total = clock.total(done, total, metrics)
+        last = done == total
+        if done % run.log_every == 0 or last:
+            if last or time.monotonic() - saved > 60 * run.save_minutes:
+                save_state(state_path, state, fingerprint)
+                export(out / "mini.safetensors", config, state.ema)
+                saved = time.monotonic()
+            scored = run.eval_every > 0 and (done % run.eval_every == 0 or last)
+            log.write(done, phase, evaluate(state.ema, atlas, parts, run.eval_batches) if scored else {})
+    return state.ema
+
+
+class _Clock:
+    """Sets the length of the joint phase by its first steps, where it is given in minutes."""
+
+    FIRST, MEASURED = 20, 200  # steps of the joint phase after which the clock starts, and is read
+
+    def __init__(self, schedule: Schedule, minutes: float):
+        self._start, self._minutes, self._begun = schedule.joint_start, minutes, 0.0
+
+    def total(self, done: int, total: int, metrics: dict[str, jax.Array]) -> int:
+        """The number of steps of the whole run, after `done` of them."""
+        if not self._minutes or done - self._start not in (self.FIRST, self.MEASURED):
+            return total
+        jax.block_until_ready(metrics)
+        if done - self._start == self.FIRST:
+            self._begun = time.monotonic()
+        elif self._begun:
+            step_seconds = (time.monotonic() - self._begun) / (self.MEASURED - self.FIRST)
+            total = self._start + max(self.MEASURED, int(60 * self._minutes / step_seconds))
+            print(f"{1 / step_seconds:.1f} steps a second: {total} steps in all")
+        return total
+
+
+class _Log:
+    """Metrics of the steps since the last line, and the lines in a file."""
+
+    def __init__(self, path: Path):
+        self._path, self._begun = path, time.monotonic()
+        self._recent: list[dict[str, jax.Array]] = []
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        self._recent.append(metrics)
+
+    def write(self, step: int, phase: str, scores: dict[str, float]) -> None:
+        # Metrics of another phase may lie among them, and steps without a point or a box.
+        recent = jax.device_get(self._recent)
+        names = recent[-1].keys()
+        row: dict[str, Any] = {"step": step, "phase": phase, "seconds": round(time.monotonic() - self._begun, 1)}
+        row |= {k: round(float(np.mean([r[k] for r in recent if k in r])), 4) for k in names}
+        row |= scores
+        self._recent = []
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def _fingerprint(
+    config: SamConfig, schedule: Schedule, batches: BatchSettings, run: RunSettings, start: Params | None
+) -> str:
+    # The length of the last phase may change on resuming: it shapes the remaining steps only.
+    past = {k: v for k, v in dataclasses.asdict(schedule).items() if k != "joint_steps"}
+    what = (run.seed, run.scene_share, run.source_weights, run.precision, run.losses, start is not None)
+    return json.dumps([config.to_dict(), past, dataclasses.asdict(batches), what])
+
+
+def export(path: Path, config: SamConfig, params: Params) -> None:
+    """Saves the model without its training heads, at half precision."""
+    save_params(path, config, {k: v for k, v in params.items() if k != "auxiliary"}, "float16")
