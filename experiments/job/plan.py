@@ -19,7 +19,7 @@ from experiments import coco
 from experiments.job.options import FLOAT, MOST_SCENES, Options
 from experiments.scenes.scenes import CALIB_SEED, EVAL_SEED, Scene, scene_dataset, to_coco
 from sam_flax import load_sam
-from sam_flax.config import SamConfig
+from sam_flax.config import SamConfig, SegmenterConfig
 from sam_flax.errors import InputError
 from sam_flax.sam import Params, Sam
 
@@ -137,7 +137,7 @@ def _file_format(path: str) -> str | None:
         return None
 
 
-def evaluation_set(options: Options, config: SamConfig) -> coco.CocoDataset:
+def evaluation_set(options: Options, config: SegmenterConfig) -> coco.CocoDataset:
     """The images to evaluate on: a COCO folder, or generated scenes that no training has seen."""
     limit = options.limit or None
     if options.images:
@@ -192,7 +192,7 @@ def _calibration_scenes(first: int, count: int, size: int) -> Iterator[Scene]:
     yield from scene_dataset(CALIB_SEED, count - len(before), size, start=first + len(before) + skipped)
 
 
-def _scene_size(config: SamConfig) -> int:
+def _scene_size(config: SegmenterConfig) -> int:
     return min(config.img_size, MAX_SCENE_SIZE)
 
 

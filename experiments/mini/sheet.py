@@ -1,10 +1,11 @@
-"""A sheet of photographs with what was true, what a SAM in floating point says, and what it says quantized.
+"""A sheet of pictures with what was true, what a SAM in floating point says, and what it says quantized.
 
+    python -m experiments.mini.sheet --artefact=runs/w4a4/quantized.safetensors --count=6 --out=sheet.png
     python -m experiments.mini.sheet --images=coco100/val2017 --annotations=coco100/annotations/instances_val2017.json \
         --artefact=runs/w4a4/quantized.safetensors --count=24 --out=sheet.png
 
-Each photograph is shown four times: boxes, true masks, floating point, quantized. The sheet holds parts of the
-photographs: it is for looking, not for publishing.
+Each picture, a held-out generated scene or a photograph, is shown four times: boxes, true masks, floating point,
+quantized. A sheet of photographs holds parts of them: it is for looking, not for publishing.
 """
 
 from collections.abc import Sequence
@@ -14,10 +15,12 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from experiments.coco import load_boxes, load_coco
+from experiments.coco import CocoDataset, load_boxes
 from experiments.coco.masks import decode
 from experiments.evaluate.predictions import predict_image
 from experiments.job.command import finish
+from experiments.job.options import Options
+from experiments.job.plan import evaluation_set
 from experiments.mini.evaluate import load_model
 from experiments.report.examples import Example
 from experiments.report.pictures import draw_masks, draw_prompts
@@ -25,7 +28,7 @@ from sam_flax import SamPredictor
 from sam_flax.predictor import MaskModel
 
 WIDTH, HEIGHT = 240, 200  # of a picture on the sheet
-ACROSS = 3  # photographs in a row
+ACROSS = 3  # pictures in a row
 
 
 def place(picture: Image.Image) -> np.ndarray:
@@ -36,9 +39,8 @@ def place(picture: Image.Image) -> np.ndarray:
     return np.asarray(field)
 
 
-def make_sheet(images: str, annotations: str, models: Sequence[MaskModel], count: int) -> Image.Image:
-    """The sheet of the first `count` photographs with objects, of at most eight of them, the largest."""
-    dataset = load_coco(images, annotations)
+def make_sheet(dataset: CocoDataset, models: Sequence[MaskModel], count: int) -> Image.Image:
+    """The sheet of the first `count` pictures with objects, of at most eight of them, the largest."""
     boxes = load_boxes("gt", dataset)
     shown = [item for item in dataset.items if len(boxes.per_image[item.image_id])][:count]
     predictors = [SamPredictor(model) for model in models]
@@ -69,15 +71,16 @@ def work() -> int:
     models = [load_model(FLAGS.checkpoint, "")]
     if FLAGS.artefact:
         models.append(load_model(FLAGS.checkpoint, FLAGS.artefact))
-    make_sheet(FLAGS.images, FLAGS.annotations, models, FLAGS.count).save(Path(FLAGS.out))
+    options = Options(images=FLAGS.images, annotations=FLAGS.annotations, num_scenes=FLAGS.count)
+    make_sheet(evaluation_set(options, models[0].config), models, FLAGS.count).save(Path(FLAGS.out))
     return 0
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("images", None, "Folder of images.", required=True)
-    flags.DEFINE_string("annotations", None, "COCO instances file.", required=True)
+    flags.DEFINE_string("images", "", "Folder of images; default: generated scenes.")
+    flags.DEFINE_string("annotations", "", "Its COCO instances file.")
     flags.DEFINE_string("checkpoint", "mini", "SAM weights.")
     flags.DEFINE_string("artefact", "", "The same, quantized.")
-    flags.DEFINE_integer("count", 24, "Photographs.")
+    flags.DEFINE_integer("count", 24, "Pictures.")
     flags.DEFINE_string("out", None, "The picture to write.", required=True)
     app.run(lambda argv: finish(argv, work))
