@@ -20,6 +20,7 @@ class Cost:
         more_bits: bits besides those, for each group.
         per_group: whether it may have several groups of channels; then each channel stores the label of its group
             and each group has an accumulator of its own.
+        multiples: on the integer grid, the scale of a group is a whole multiple of one step, up to this one.
         arithmetic: what its codes make a processing element do.
         code_field: the quantizer's field without which a histogram of its codes cannot be read ("log_levels": how many
             are exponents; "tau": levels per octave); "" where there is none.
@@ -29,6 +30,7 @@ class Cost:
     codes: int = 1
     more_bits: int = 0
     per_group: bool = False
+    multiples: int = 1
     arithmetic: Arithmetic = "multiply"
     code_field: str = ""
 
@@ -39,6 +41,6 @@ class Cost:
 
 
 UNIFORM = Cost()
-GROUPED = Cost(per_group=True)
+GROUPED = Cost(per_group=True, multiples=8)
 HYBRID = Cost(scales=3, arithmetic="shift_or_multiply", code_field="log_levels")  # minimum and two scales
 LOG2 = Cost(codes=0, more_bits=2, arithmetic="shift", code_field="tau")  # tau is one of three

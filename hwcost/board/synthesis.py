@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hwcost.counts.formats import GRID_BITS
+from ahcptq_jax.config import GRIDS
 
 RTL = Path(str(files("hwcost") / "rtl"))
 DATA = Path(str(files("hwcost") / "data" / "yosys.json"))
@@ -148,7 +148,7 @@ def designs() -> dict[str, tuple[str, dict[str, int], bool]]:
         result[f"agq_b4_tau{1 << tau_log2}"] = ("agq_pe", agq_parameters(4, tau_log2), False)
     for group_bits in (1, 2, 3, 4):
         result[f"cag_column_b4_g{1 << group_bits}"] = ("cag_column", column_parameters(4, group_bits), False)
-    for level_bits in GRID_BITS:
+    for level_bits in GRIDS:
         for bits in range(2, 9):
             result[f"levels_b{bits}_l{level_bits}"] = ("int_mac_pe", level_parameters(bits, level_bits), False)
         result[f"level_lanes_b4_l{level_bits}"] = ("level_lanes", lane_parameters(4, level_bits), True)

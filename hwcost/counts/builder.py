@@ -8,7 +8,7 @@ from ahcptq_jax.config import QuantConfig
 from hwcost.counts.arithmetic import Work, work_of
 from hwcost.counts.codes import AssumedCodes, Histogram
 from hwcost.counts.costs import Gemm, Layer, Operand, Ops, Tensor
-from hwcost.counts.formats import site_format, table_parts, weight_format
+from hwcost.counts.formats import site_format, weight_format
 
 # Operations per number of our own forward, as XLA counts them.
 NORM_OPS = 8  # two means, deviation, its square, subtraction, scale, its factor, bias
@@ -62,9 +62,8 @@ class Builder:
             return 0
         if operand.level_bits:
             # Step, offset, the table, and for each channel the part of it that its group reads.
-            parts = table_parts(self.quant, operand.level_bits) if operand.cost.per_group else 1
-            table = parts * 2**operand.bits * operand.level_bits
-            return 2 * self.float_bits + table + channels * (parts - 1).bit_length()
+            table = 2**operand.table_address * operand.level_bits
+            return 2 * self.float_bits + table + channels * (operand.table_address - operand.bits)
         groups, cost = self.groups(operand, channels), operand.cost
         each = cost.scales * self.float_bits + cost.codes * operand.bits + cost.more_bits
         return groups * each + (channels * math.ceil(math.log2(groups)) if operand.has_groups else 0)

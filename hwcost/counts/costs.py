@@ -76,11 +76,13 @@ class Operand:
         cost: what the quantizer behind its codes costs; None for floating point.
         level_bits: on the grid, width of the whole levels that its codes stand for, which a table at the edge of the
             array turns them into; 0 where the codes themselves take part in the product.
+        table_address: bits of the address of that table: of a code, and of the part that a group of channels reads.
     """
 
     bits: int
     cost: Cost | None = None
     level_bits: int = 0
+    table_address: int = 0
 
     @property
     def is_float(self) -> bool:

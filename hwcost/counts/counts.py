@@ -115,7 +115,7 @@ def count(
     *,
     prompts: int = 1,
     float_bits: int = 32,
-    grid_bits: int = 0,
+    grid_bits: int | None = None,
     assumed: AssumedCodes | None = None,
     architecture: str = "sam_vit",
 ) -> Counts:
@@ -129,7 +129,7 @@ def count(
         float_bits: width of what stays in floating point, 16 or 32.
         grid_bits: 5 to 8: every code stands for a whole level of so many bits, and every product is one integer product
             with one sum. 0: the paper's own form, with a sum for each group of channels, for the exponents and for the
-            rest.
+            rest. None: as the quantization has it.
         assumed: what sites without a histogram take; by default the pooled codes of MINI at W4A4
             (`hwcost.counts.codes.mini_codes`).
         architecture: the name of the graph (`hwcost.counts.graphs`).
@@ -144,6 +144,8 @@ def count(
         raise InputError(f"prompts={prompts} must be at least 1.")
     if float_bits not in (16, 32):
         raise InputError(f"float_bits={float_bits} must be 16 or 32.")
+    if grid_bits is None:
+        grid_bits = 0 if quant_config is None else quant_config.grid_bits
     check_grid_bits(grid_bits, quant_config)
     measured = histograms(codes or {})
     assumed = assumed or mini_codes()

@@ -1,16 +1,11 @@
 """The number format of every site and weight: the one place where the cost model asks the recipe and the kinds."""
 
-from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.config import GRIDS, QuantConfig
 from ahcptq_jax.quantizers.cost import Cost
 from ahcptq_jax.quantizers.kinds import kind_named
 from ahcptq_jax.recipe import site_kind
 from hwcost.counts.costs import Operand
 from sam_flax.errors import InputError
-
-# Widths of the levels that codes may stand for on the grid.
-GRID_BITS = (5, 6, 7, 8)
-# The scale of a group of channels is at most so many times the grid's step (`ahcptq_jax.quantizers.kinds.grouped`).
-MOST_MULTIPLES = 8
 
 
 def site_format(path: str, quant: QuantConfig | None, float_bits: int, grid_bits: int = 0) -> Operand:
@@ -27,15 +22,16 @@ def site_format(path: str, quant: QuantConfig | None, float_bits: int, grid_bits
     if kind is None or quant is None:
         return Operand(float_bits)
     cost = kind_named(kind).cost
-    is_plain = not cost.per_group and not cost.depends_on_codes
-    return Operand(quant.a_bits, cost, 0 if is_plain else grid_bits)
+    if not grid_bits or not (cost.per_group or cost.depends_on_codes):
+        return Operand(quant.a_bits, cost)
+    return Operand(quant.a_bits, cost, grid_bits, _table_address(cost, quant.groups, quant.a_bits, grid_bits))
 
 
 def check_grid_bits(grid_bits: int, quant: QuantConfig | None) -> None:
     """Raises InputError unless levels of a width exist and codes of the quantization's width can stand for them."""
-    if grid_bits not in (0, *GRID_BITS):
+    if grid_bits not in (0, *GRIDS):
         raise InputError(
-            f"grid_bits={grid_bits} must be {', '.join(map(str, GRID_BITS))}, or 0 for the paper's form without a grid."
+            f"grid_bits={grid_bits} must be {', '.join(map(str, GRIDS))}, or 0 for the paper's form without a grid."
         )
     if grid_bits and quant is not None and quant.a_bits > grid_bits:
         raise InputError(
@@ -44,14 +40,21 @@ def check_grid_bits(grid_bits: int, quant: QuantConfig | None) -> None:
         )
 
 
-def table_parts(quant: QuantConfig, grid_bits: int) -> int:
-    """Different multiples of the step that the groups of one site can have: a power of two of parts of the table.
+def _table_address(cost: Cost, groups: int, bits: int, grid_bits: int) -> int:
+    """Bits of a code and of the part of the table that a group of channels reads.
 
-    A group's scale is a whole multiple of the step, so that many groups share a part; the last code times the multiple
-    must be a level. Zero points need no part of their own: their products with the weights are known beforehand.
+    There is a part for each multiple of the step that the groups of one site can have, up to a power of two. A group's
+    scale is a whole multiple of the step, so that many groups share a part; the last code times the multiple must be a
+    level. Zero points need no part of their own: their products with the weights are known beforehand.
+
+    Args:
+        cost: of the site's kind.
+        groups: of channels; 0 is one for each channel.
+        bits: width of the codes.
+        grid_bits: width of the levels.
     """
-    most = min(MOST_MULTIPLES, (2**grid_bits - 1) // (2**quant.a_bits - 1), quant.groups or MOST_MULTIPLES)
-    return 1 << max(most - 1, 0).bit_length()
+    most = min(cost.multiples, (2**grid_bits - 1) // (2**bits - 1), groups or cost.multiples)
+    return bits + (most - 1).bit_length()
 
 
 def weight_format(input_operand: Operand, quant: QuantConfig | None, float_bits: int) -> Operand:

@@ -10,11 +10,11 @@ from hwcost.pages import charts, tables
 from hwcost.pages.charts import PALETTE, Frame, legend, linear_ticks, log_ticks
 from hwcost.study.ledger import Entry
 from hwcost.study.study import CLAIMED, Study, kernel_rows
-from hwcost.study.variants import BASELINES, GRIDS, METHOD, TWO_PATH
+from hwcost.study.variants import BASELINES, METHOD, SHOWN_GRIDS, TWO_PATH
 
 COLOURS = dict(zip(RESOURCES, PALETTE, strict=False))
 ENERGY = {"compute": PALETTE[0], "buffers": PALETTE[2], "DRAM": PALETTE[3], "static": PALETTE[5]}
-SHOWN = (*BASELINES, METHOD, TWO_PATH, *(f"grid_{bits}" for bits in GRIDS), "passes")
+SHOWN = (*BASELINES, METHOD, TWO_PATH, *(f"grid_{bits}" for bits in SHOWN_GRIDS), "passes")
 TOP_KERNELS = 12
 TOP_CHANGES = 10
 GRID_NOTE = (

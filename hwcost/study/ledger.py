@@ -14,7 +14,7 @@ import numpy as np
 from hwcost.board.accelerator import Accelerator
 from hwcost.board.constants import CONSTANTS, Constants, Values, nominal
 from hwcost.board.estimate import Estimate, estimate
-from hwcost.study.variants import GRIDS, METHOD, TWO_PATH, Variant
+from hwcost.study.variants import METHOD, SHOWN_GRIDS, TWO_PATH, Variant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ CLAIMS = (
     ),
 )  # fmt: skip
 
-ON_GRID = f"levels on a grid of {GRIDS[0]} bits"
+ON_GRID = f"levels on a grid of {SHOWN_GRIDS[0]} bits"
 # What the papers leave open -> what it may have been.
 LEFT_OPEN: dict[str, tuple[str, ...]] = {
     "baseline": ("fp32", "fp16"),
@@ -143,7 +143,11 @@ def _combinations(table: dict[str, Variant], accelerator: Accelerator, values: V
     fp32_elements = float(estimate(table["fp32"].counts, table["fp32"].design, accelerator, values).elements[0])
     paper = table.get(TWO_PATH, table[METHOD])
     # Without HLUQ, CAG and AGQ there are no levels, and the grid is the method itself.
-    grid = table[METHOD] if table[METHOD].counts.grid_bits == GRIDS[0] else table.get(f"grid_{GRIDS[0]}", paper)
+    grid = (
+        table[METHOD]
+        if table[METHOD].counts.grid_bits == SHOWN_GRIDS[0]
+        else table.get(f"grid_{SHOWN_GRIDS[0]}", paper)
+    )
     elements = {"passes on plain elements": "mac", "no cost at all": "ideal"}
 
     def run(name: str, choice: Mapping[str, str]) -> Estimate:

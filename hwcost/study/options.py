@@ -9,11 +9,10 @@ from absl import flags
 
 from ahcptq_jax.config import METHODS, QuantConfig
 from ahcptq_jax.flags import values, with_flag_files
-from ahcptq_jax.settings import Check, at_least, check_settings, setting, settings_of
+from ahcptq_jax.settings import at_least, check_settings, setting, settings_of
 from hwcost.board.accelerator import PRESETS, Accelerator
 from hwcost.board.constants import Constants, with_values
 from hwcost.board.cycles import Dataflow
-from hwcost.counts.formats import GRID_BITS
 from sam_flax.config import CONFIGS
 from sam_flax.errors import InputError
 
@@ -27,11 +26,10 @@ def _like(record: type, name: str) -> Any:
     return setting(known.default, known.help, choices=known.choices, check=known.check)
 
 
-def _switch(name: str) -> Any:
-    """A field like a setting of `QuantConfig`, but without a value: it is then the method's."""
+def _switch(name: str, default: str = "the method's") -> Any:
+    """A field like a setting of `QuantConfig`, but without a value: `default` says what it is then."""
     known = settings_of(QuantConfig)[name]
-    help = f"{known.help} Default: the method's."
-    return setting(None, help, type=known.type, choices=known.choices, check=known.check)
+    return setting(None, f"{known.help} Default: {default}.", type=known.type, choices=known.choices, check=known.check)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +49,7 @@ class Options:
     cag: bool | None = _switch("cag")
     agq: bool | None = _switch("agq")
     groups: int | None = _switch("groups")
-    grid_bits: int = setting(
-        8,
-        "Width of the whole levels that codes stand for on the grid, 5 to 8; 0 takes the paper's own form, with two "
-        "sums in HLUQ's elements. Either is shown beside the other.",
-        check=Check(lambda bits: bits in (0, *GRID_BITS), f"0, or one of {', '.join(map(str, GRID_BITS))}"),
-    )
+    grid_bits: int | None = _switch("grid_bits", "those of the artefact, or 8. Either form is shown beside the other")
     prompts: int = setting(1, "Boxes decoded for each image.", check=at_least(1))
     dataflow: Dataflow = _like(Accelerator, "dataflow")
     side: int = _like(Accelerator, "side")

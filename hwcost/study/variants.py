@@ -8,14 +8,14 @@ from ahcptq_jax.config import QuantConfig
 from hwcost.board.accelerator import Design, Element
 from hwcost.counts.codes import AssumedCodes, Histogram, histograms
 from hwcost.counts.counts import Counts, count
-from hwcost.counts.formats import site_format, table_parts
+from hwcost.counts.formats import site_format
 from sam_flax.config import SamConfig
 
 METHOD = "method"
 TWO_PATH = "two_path"  # the paper's own form, where the method is on the grid
 BASELINES = ("fp32", "fp16", "int8", "uniform")
 GROUPS = (1, 2, 4, 8, 16)
-GRIDS = (8, 7, 6)  # widths of levels that are shown, the default first
+SHOWN_GRIDS = (8, 7, 6)  # widths of levels that are shown, the default first
 _UNIFORM: dict[str, Any] = {"hluq": False, "cag": False, "agq": False}
 
 
@@ -31,7 +31,7 @@ class Variant:
 
 def forms(table: Mapping[str, Variant]) -> tuple[str, ...]:
     """The names of the method's forms that are set side by side: the one asked for, then the other if there is one."""
-    return tuple(name for name in (METHOD, TWO_PATH, f"grid_{GRIDS[0]}") if name in table)[:2]
+    return tuple(name for name in (METHOD, TWO_PATH, f"grid_{SHOWN_GRIDS[0]}") if name in table)[:2]
 
 
 def baselines(table: Mapping[str, Variant]) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ def variants(
         maker.add_paper_form(TWO_PATH)
     else:
         maker.add_paper_form(METHOD)
-    for bits in GRIDS if has_levels else ():
+    for bits in SHOWN_GRIDS if has_levels else ():
         if quant_config.a_bits <= bits != grid_bits:
             maker.add_grid(f"grid_{bits}", bits)
     maker.add("passes", f"{maker.tag}, HLUQ and AGQ in passes on plain elements", quant_config, element="mac")
@@ -115,7 +115,9 @@ class _Maker:
             self.sam_config, config, fitting,
             prompts=self.prompts, float_bits=float_bits, grid_bits=grid_bits, assumed=self.assumed,
         )  # fmt: skip
-        made = Design(float_bits=float_bits, **{"bits": self.bits, **design})
+        # One table serves all sites: the widest address decides.
+        address = max(layer.a.table_address for layer in counts.layers if layer.a)
+        made = Design(float_bits=float_bits, table_address=address, **{"bits": self.bits, **design})
         self.table[name] = Variant(name=name, label=label, counts=counts, design=made)
 
     def changed(self, **switches: Any) -> QuantConfig:
@@ -131,7 +133,6 @@ class _Maker:
 
     def add_grid(self, name: str, level_bits: int) -> None:
         """The method with every code a level on the grid."""
-        parts = table_parts(self.quant_config, level_bits) if self.quant_config.cag else 1
         self.add(
             name,
             f"{self.tag} on a grid of {level_bits}-bit levels",
@@ -139,7 +140,6 @@ class _Maker:
             grid_bits=level_bits,
             element="levels",
             level_bits=level_bits,
-            table_address=self.quant_config.a_bits + (parts - 1).bit_length(),
         )
 
     def add_paper_form(self, name: str) -> None:

@@ -183,7 +183,7 @@ def test_flags_of_the_main_job_are_taken_from_a_file_alone(tmp_path: Path) -> No
         ({"w_bits": 9}, "w_bits=9"),
         ({"prompts": 0}, "--prompts=0"),
         ({"side": 0}, "side=0"),
-        ({"grid_bits": 4}, "--grid_bits=4 must be 0, or one of 5, 6, 7, 8"),
+        ({"grid_bits": 4}, "--grid_bits=4 must be 0 or one of 5, 6, 7, 8"),
         ({"constant": ("speed=1",)}, "no constant 'speed'"),
         ({"constant": ("clock_mhz",)}, "NAME=NUMBER"),
         ({"constant": ("usable_lut=1.5",)}, "at most 1.0"),

@@ -202,6 +202,7 @@ def test_on_the_grid_every_product_has_one_sum(grid_bits: int, quantized: Counts
         layer = by_path[f"{block}/{name}"]
         assert layer.a.product_bits == width and layer.b.product_bits == 4, name
     assert grid.grid_bits == grid_bits and quantized.grid_bits == 0
+    assert grid.layers == hwcost.count(VIT_B, dataclasses.replace(W4A4, grid_bits=grid_bits)).layers
 
 
 def test_on_the_grid_a_site_stores_its_table() -> None:

@@ -13,7 +13,7 @@ from hwcost.counts.codes import Histogram, mini_codes
 from hwcost.study.compare import Comparison, Interval, compare
 from hwcost.study.ledger import CLAIMS, LEFT_OPEN, ON_GRID, Entry, ledger
 from hwcost.study.sensitivity import code_sensitivities, sensitivities
-from hwcost.study.variants import BASELINES, GRIDS, METHOD, TWO_PATH, Variant, baselines, forms, variants
+from hwcost.study.variants import BASELINES, METHOD, SHOWN_GRIDS, TWO_PATH, Variant, baselines, forms, variants
 from sam_flax.config import MINI_SCENES as MINI
 from sam_flax.config import VIT_L
 from sam_flax.errors import InputError
@@ -172,7 +172,7 @@ def test_without_levels_there_is_no_grid() -> None:
     plain = variants(MINI, QuantConfig(hluq=False, cag=False, agq=False), grid_bits=8)
     assert set(plain) == {*BASELINES, METHOD, "passes"} and forms(plain) == (METHOD,)
     wide = variants(MINI, QuantConfig(w_bits=8, a_bits=8), grid_bits=8)
-    assert not {f"grid_{bits}" for bits in GRIDS} & set(wide), "8-bit codes do not fit in fewer"
+    assert not {f"grid_{bits}" for bits in SHOWN_GRIDS} & set(wide), "8-bit codes do not fit in fewer"
     for bits in ((8, 2), (2, 6), (7, 4), (8, 8)):
         mixed = variants(MINI, QuantConfig(w_bits=bits[0], a_bits=bits[1]), grid_bits=8)
         assert compare(mixed, ZCU102).estimates[METHOD].seconds[0] > 0, bits
