@@ -4,11 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ahcptq_jax.config import QuantConfig
 from hwcost.counts.arithmetic import Work, work_of
 from hwcost.counts.codes import AssumedCodes, Histogram
 from hwcost.counts.costs import Gemm, Layer, Operand, Ops, Tensor
-from hwcost.counts.formats import site_format, weight_format
+from hwcost.counts.formats import Formats
 
 # Operations per number of our own forward, as XLA counts them.
 NORM_OPS = 8  # two means, deviation, its square, subtraction, scale, its factor, bias
@@ -27,28 +26,26 @@ class Builder:
 
     def __init__(
         self,
-        quant: QuantConfig | None,
+        formats: Formats,
         measured: Mapping[str, Histogram],
         assumed: AssumedCodes,
-        float_bits: int,
-        grid_bits: int = 0,
     ) -> None:
-        self.quant, self.measured, self.assumed = quant, measured, assumed
-        self.float_bits, self.grid_bits = float_bits, grid_bits
+        self.formats, self.measured, self.assumed = formats, measured, assumed
+        self.quant, self.float_bits = formats.quant, formats.float_bits
         self.layers: list[Layer] = []
         self.histogram_sites: set[str] = set()
         self.part = "encoder"
-        self.float = Operand(float_bits)
+        self.float = Operand(self.float_bits)
 
     # Formats
 
     def site(self, path: str) -> Operand:
         """Format of the activations behind a site."""
-        return site_format(path, self.quant, self.float_bits, self.grid_bits)
+        return self.formats.site(path)
 
-    def weight(self, input_operand: Operand) -> Operand:
-        """Format of a layer's weights: they are quantized exactly where its input is."""
-        return weight_format(input_operand, self.quant, self.float_bits)
+    def weight(self, site: str) -> Operand:
+        """Format of the weights of the layer behind a site: they are quantized exactly where its input is."""
+        return self.formats.weight(site)
 
     def groups(self, operand: Operand, channels: int) -> int:
         """Number of scales along the channels of an activation."""
@@ -208,7 +205,7 @@ class Builder:
             kind,
             Gemm(rows, channels, features),
             a,
-            self.weight(a),
+            self.weight(site),
             a_site=site,
             source=Tensor(rows * channels, bits, a_on_chip),
             out=out,

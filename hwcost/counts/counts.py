@@ -19,7 +19,7 @@ from ahcptq_jax.config import QuantConfig
 from hwcost.counts.builder import Builder
 from hwcost.counts.codes import AssumedCodes, histograms, mini_codes
 from hwcost.counts.costs import Layer, Ops
-from hwcost.counts.formats import check_grid_bits
+from hwcost.counts.formats import Formats, architecture_name, check_grid_bits
 from hwcost.counts.graphs import graph_named
 from sam_flax.config import SamConfig
 from sam_flax.errors import InputError
@@ -117,7 +117,6 @@ def count(
     float_bits: int = 32,
     grid_bits: int | None = None,
     assumed: AssumedCodes | None = None,
-    architecture: str = "sam_vit",
 ) -> Counts:
     """Counts one image with `prompts` box prompts.
 
@@ -132,7 +131,6 @@ def count(
             rest. None: as the quantization has it.
         assumed: what sites without a histogram take; by default the pooled codes of MINI at W4A4
             (`hwcost.counts.codes.mini_codes`).
-        architecture: the name of the graph (`hwcost.counts.graphs`).
 
     Returns:
         The layers. Rounded where shares multiply counts, exact otherwise.
@@ -146,10 +144,11 @@ def count(
         raise InputError(f"float_bits={float_bits} must be 16 or 32.")
     if grid_bits is None:
         grid_bits = 0 if quant_config is None else quant_config.grid_bits
-    check_grid_bits(grid_bits, quant_config)
+    check_grid_bits(grid_bits)
+    architecture = architecture_name(sam_config)
     measured = histograms(codes or {})
     assumed = assumed or mini_codes()
-    builder = Builder(quant_config, measured, assumed, float_bits, grid_bits)
+    builder = Builder(Formats(quant_config, architecture, float_bits, grid_bits), measured, assumed)
     graph = graph_named(architecture)
     graph.add_layers(builder, sam_config, prompts)
     unknown = sorted(set(measured) - builder.histogram_sites)

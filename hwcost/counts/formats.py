@@ -1,42 +1,75 @@
 """The number format of every site and weight: the one place where the cost model asks the recipe and the kinds."""
 
+import dataclasses
+import functools
+from typing import Any
+
+from ahcptq_jax.architectures import architecture_named, architecture_of, module_of
 from ahcptq_jax.config import GRIDS, QuantConfig
 from ahcptq_jax.quantizers.cost import Cost
 from ahcptq_jax.quantizers.kinds import kind_named
-from ahcptq_jax.recipe import site_kind
+from ahcptq_jax.recipe import Recipe, recipe_of
 from hwcost.counts.costs import Operand
 from sam_flax.errors import InputError
 
 
-def site_format(path: str, quant: QuantConfig | None, float_bits: int, grid_bits: int = 0) -> Operand:
-    """Format of the activations behind a site.
+@dataclasses.dataclass(frozen=True)
+class Formats:
+    """Where the formats of one model at one quantization are asked for.
 
-    Args:
-        path: of the site.
+    Attributes:
         quant: the quantization; None in floating point.
+        architecture: the name of the model's family, whose rules are the recipe's last.
         float_bits: width of what stays in floating point.
         grid_bits: width of the levels that codes stand for, unless a uniform step makes the codes themselves levels;
             0 is the paper's own form, without a grid.
     """
-    kind = None if quant is None else site_kind(path, quant)
-    if kind is None or quant is None:
-        return Operand(float_bits)
-    cost = kind_named(kind).cost
-    if not grid_bits or not (cost.per_group or cost.depends_on_codes):
-        return Operand(quant.a_bits, cost)
-    return Operand(quant.a_bits, cost, grid_bits, _table_address(cost, quant.groups, quant.a_bits, grid_bits))
+
+    quant: QuantConfig | None
+    architecture: str
+    float_bits: int
+    grid_bits: int = 0
+
+    @functools.cached_property
+    def recipe(self) -> Recipe | None:
+        """Which site gets which kind and widths; None in floating point."""
+        return None if self.quant is None else recipe_of(architecture_named(self.architecture), self.quant)
+
+    def site(self, path: str) -> Operand:
+        """Format of the activations behind a site.
+
+        Raises:
+            InputError: if its codes are wider than the levels on the grid.
+        """
+        choice = None if self.recipe is None else self.recipe.at(path)
+        if choice is None or self.quant is None:
+            return Operand(self.float_bits)
+        bits, cost = choice.a_bits, kind_named(choice.kind).cost
+        if 0 < self.grid_bits < bits:
+            raise InputError(
+                f"grid_bits={self.grid_bits} has no room for the {bits}-bit codes of {path}; give at least as many, or "
+                "0 for the paper's form without a grid."
+            )
+        if not self.grid_bits or not (cost.per_group or cost.depends_on_codes):
+            return Operand(bits, cost)
+        return Operand(bits, cost, self.grid_bits, _table_address(cost, self.quant.groups, bits, self.grid_bits))
+
+    def weight(self, site: str) -> Operand:
+        """Format of the weights of the layer behind a site: codes exactly where its input is codes."""
+        choice = None if self.recipe is None else self.recipe.at(site)
+        return Operand(self.float_bits) if choice is None else Operand(choice.w_bits, Cost())
 
 
-def check_grid_bits(grid_bits: int, quant: QuantConfig | None) -> None:
-    """Raises InputError unless levels of a width exist and codes of the quantization's width can stand for them."""
+def architecture_name(sam_config: Any) -> str:
+    """The name of the family of models that a configuration belongs to."""
+    return architecture_of(module_of(sam_config)).name
+
+
+def check_grid_bits(grid_bits: int) -> None:
+    """Raises InputError unless levels of a width exist."""
     if grid_bits not in (0, *GRIDS):
         raise InputError(
             f"grid_bits={grid_bits} must be {', '.join(map(str, GRIDS))}, or 0 for the paper's form without a grid."
-        )
-    if grid_bits and quant is not None and quant.a_bits > grid_bits:
-        raise InputError(
-            f"grid_bits={grid_bits} has no room for activations of a_bits={quant.a_bits}; give at least as many, or 0 "
-            "for the paper's form without a grid."
         )
 
 
@@ -55,10 +88,3 @@ def _table_address(cost: Cost, groups: int, bits: int, grid_bits: int) -> int:
     """
     most = min(cost.multiples, (2**grid_bits - 1) // (2**bits - 1), groups or cost.multiples)
     return bits + (most - 1).bit_length()
-
-
-def weight_format(input_operand: Operand, quant: QuantConfig | None, float_bits: int) -> Operand:
-    """Format of the weights of a layer whose input has a format: codes exactly where the input is codes."""
-    if input_operand.is_float or quant is None:
-        return Operand(float_bits)
-    return Operand(quant.w_bits, Cost())

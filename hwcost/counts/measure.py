@@ -1,22 +1,24 @@
 """Measuring how often each code occurs in a quantized model."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax.architectures.sites import below, intercept_sites
+from ahcptq_jax.architectures import architecture_of
+from ahcptq_jax.architectures.base import Operation
+from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
 from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.runtime.quantized import Quantized, with_decoded
 from hwcost.counts.codes import Histogram
 from sam_flax import preprocessing
-from sam_flax.encoders.vit import PatchEmbed
 from sam_flax.errors import InputError
 from sam_flax.layers import in_float32
-from sam_flax.sam import Sam, apply_embed, call, encoder_stages
+from sam_flax.stages import Stage
 
 # Boxes shown for each image, as in calibration: one shape for all images, one compilation.
 PROMPTS = 8
@@ -37,6 +39,42 @@ class _Tally:
     def add(self, path: str, counts: np.ndarray) -> None:
         path = self.prefix + path
         self.counts[path] = self.counts.get(path, np.zeros(len(counts), np.int64)) + counts
+
+
+class _Counter:
+    """Runs parts of a quantized model, and tallies the codes at their sites."""
+
+    def __init__(self, quantized: Quantized) -> None:
+        self.quantized, self.tally = quantized, _Tally()
+        self.flat = flatten(quantized.params)
+        # One function for all parts: stages of one kind are equal operations, and share a compilation.
+        self._run = jax.jit(in_float32(self._part), static_argnums=0)
+
+    def _part(self, operation: Operation, params: Any, weights: Any, activations: Any, inputs: tuple[Any, ...]) -> Any:
+        with intercept_sites(partial(self._handle, activations)):
+            return operation(with_decoded(params, weights), *inputs)
+
+    def _handle(self, activations: dict[str, Quantizer], path: str, value: Any) -> Any:
+        quantizer = activations.get(path)
+        if quantizer is None:
+            return value
+        if kind_of(quantizer).cost.depends_on_codes:
+            counts = jnp.bincount(quantizer.encode(value).reshape(-1), length=2**quantizer.bits)
+            jax.debug.callback(lambda c: self.tally.add(path, np.asarray(c, np.int64)), counts)
+        return quantizer.fake_quant(value)
+
+    def stage(self, stage: Stage, inputs: tuple[Any, ...]) -> Any:
+        """A stage of the encoder."""
+        own = (below(stage.prefix, x) for x in (self.quantized.weights, self.quantized.activations))
+        return self.run(stage.prefix, Operation(stage.module), unflatten(below(stage.prefix, self.flat)), *own, inputs)
+
+    def run(self, prefix: str, operation: Operation, *args: Any) -> Any:
+        """A part of the model whose sites have a prefix."""
+        self.tally.prefix = prefix
+        output = self._run(operation, *args)
+        # The prefix must stay until the callbacks of this part are through.
+        jax.effects_barrier()
+        return output
 
 
 def measure_histograms(
@@ -60,49 +98,22 @@ def measure_histograms(
     """
     if not len(images) or len(images) != len(boxes):
         raise InputError(f"There are {len(images)} images and {len(boxes)} sets of boxes; give one set for each image.")
-    tally, config = _Tally(), quantized.config
-
-    def handle(activations: dict[str, Quantizer], path: str, value: Any) -> Any:
-        quantizer = activations.get(path)
-        if quantizer is None:
-            return value
-        if kind_of(quantizer).cost.depends_on_codes:
-            counts = jnp.bincount(quantizer.encode(value).reshape(-1), length=2**quantizer.bits)
-            jax.debug.callback(lambda c: tally.add(path, np.asarray(c, np.int64)), counts)
-        return quantizer.fake_quant(value)
-
-    @in_float32
-    def run(module: Any, params: Any, weights: Any, activations: Any, *args: Any, **kwargs: Any) -> Any:
-        with intercept_sites(lambda path, value: handle(activations, path, value)):
-            return call(module, with_decoded(params, weights), *args, **kwargs)
-
-    @jax.jit
-    def decode(params: Any, weights: Any, activations: Any, embedding: jax.Array, prompts: jax.Array) -> Any:
-        sam = Sam(config)
-        return run(sam, params, weights, activations, embedding, boxes=prompts, multimask_output=False, method="decode")
-
-    stage = jax.jit(run, static_argnums=0)
-    encoder = quantized.params["image_encoder"]
-    embed = PatchEmbed(config.patch_size, config.embed_dim, parent=None)
+    counter, sam, config = _Counter(quantized), quantized.sam, quantized.config
+    architecture = architecture_of(sam)
+    parts = tuple(f"{part}/" for part in architecture.decoder_parts)
+    weights = {path: weight for path, weight in quantized.weights.items() if path.startswith(parts)}
+    activations = {path: quantizer for path, quantizer in quantized.activations.items() if path.startswith(parts)}
+    decode = Operation(sam, "decode", (("multimask_output", False),))
     for image, prompts in zip(images, boxes, strict=True):
         canvas, _ = preprocessing.prepare_image(image, config)
-        x = apply_embed(embed, {k: encoder[k] for k in ("patch_embed", "pos_embed")}, canvas[None])
-        for key, module in encoder_stages(config):
-            tally.prefix = f"image_encoder/{key}/"
-            quantizers = below(tally.prefix, quantized.activations)
-            x = stage(module, encoder.get(key, {}), below(tally.prefix, quantized.weights), quantizers, x)
-            # The prefix must stay until the callbacks of this stage are through.
-            jax.effects_barrier()
-        tally.prefix = ""
-        params = {k: quantized.params[k] for k in ("prompt_encoder", "mask_decoder")}
-        weights = {k: v for k, v in quantized.weights.items() if k.startswith("mask_decoder/")}
-        quantizers = {k: v for k, v in quantized.activations.items() if k.startswith("mask_decoder/")}
-        on_canvas = preprocessing.apply_boxes(
-            np.resize(np.asarray(prompts, np.float64), (PROMPTS, 4)), image.shape[:2], config.img_size
-        )
-        decode(params, weights, quantizers, x, on_canvas)
-        jax.effects_barrier()
-    return {path: _histogram(quantized.activations[path], counts) for path, counts in sorted(tally.counts.items())}
+        embedded = architecture.embed(sam, quantized.params, jnp.asarray(canvas[None]))
+        embedding = architecture.stages(sam).run(embedded, counter.stage)
+        shown = np.resize(np.asarray(prompts, np.float64), (PROMPTS, 4))
+        on_canvas = preprocessing.apply_boxes(shown, image.shape[:2], config.img_size)
+        params = architecture.decoder(quantized.params)
+        counter.run("", decode, params, weights, activations, (embedding, None, on_canvas))
+    found = sorted(counter.tally.counts.items())
+    return {path: _histogram(quantized.activations[path], counts) for path, counts in found}
 
 
 def _histogram(quantizer: Quantizer, counts: np.ndarray) -> Histogram:

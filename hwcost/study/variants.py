@@ -8,7 +8,7 @@ from ahcptq_jax.config import QuantConfig
 from hwcost.board.accelerator import Design, Element
 from hwcost.counts.codes import AssumedCodes, Histogram, histograms
 from hwcost.counts.counts import Counts, count
-from hwcost.counts.formats import site_format
+from hwcost.counts.formats import Formats, architecture_name
 from sam_flax.config import SamConfig
 
 METHOD = "method"
@@ -73,7 +73,7 @@ def variants(
     else:
         maker.add_paper_form(METHOD)
     for bits in SHOWN_GRIDS if has_levels else ():
-        if quant_config.a_bits <= bits != grid_bits:
+        if maker.widest_activations() <= bits != grid_bits:
             maker.add_grid(f"grid_{bits}", bits)
     maker.add("passes", f"{maker.tag}, HLUQ and AGQ in passes on plain elements", quant_config, element="mac")
     maker.add_ablations()
@@ -93,7 +93,6 @@ class _Maker:
     ) -> None:
         self.sam_config, self.quant_config, self.measured = sam_config, quant_config, measured
         self.prompts, self.assumed = prompts, assumed
-        self.bits = max(quant_config.w_bits, quant_config.a_bits)
         self.tag = f"W{quant_config.w_bits}A{quant_config.a_bits}"
         # The HLUQ element serves AGQ's shifts as well; without either, plain elements do.
         self.element: Element = "two_path" if quant_config.hluq or quant_config.agq else "mac"
@@ -110,19 +109,27 @@ class _Maker:
         **design: Any,
     ) -> None:
         """Adds a variant; `design` are fields of `Design`."""
-        fitting = self.measured if config == self.quant_config else _fitting(self.measured, config)
+        fitting = self.measured if config == self.quant_config else self._fitting(config)
         counts = count(
             self.sam_config, config, fitting,
             prompts=self.prompts, float_bits=float_bits, grid_bits=grid_bits, assumed=self.assumed,
         )  # fmt: skip
-        # One table serves all sites: the widest address decides.
+        # One array serves all layers: the widest codes and the largest table decide.
         address = max(layer.a.table_address for layer in counts.layers if layer.a)
-        made = Design(float_bits=float_bits, table_address=address, **{"bits": self.bits, **design})
+        bits = max(
+            (x.bits for layer in counts.layers for x in (layer.a, layer.b) if x and not x.is_float), default=float_bits
+        )
+        made = Design(float_bits=float_bits, table_address=address, **{"bits": bits, **design})
         self.table[name] = Variant(name=name, label=label, counts=counts, design=made)
 
     def changed(self, **switches: Any) -> QuantConfig:
         """The quantization with some of its switches set."""
         return dataclasses.replace(self.quant_config, **switches)
+
+    def widest_activations(self) -> int:
+        """The most bits of a quantized activation."""
+        layers = self.table["uniform"].counts.layers
+        return max((layer.a.bits for layer in layers if layer.a and not layer.a.is_float), default=0)
 
     def add_baselines(self) -> None:
         """Floating point, and uniform codes without the method."""
@@ -165,12 +172,12 @@ class _Maker:
                 label = f"{many} told apart in the column"
                 self.add(f"column_{groups}", label, config, element=element, column_groups=groups)
 
+    def _fitting(self, config: QuantConfig | None) -> dict[str, Histogram]:
+        """The histograms of sites whose codes have a histogram's kind and width at a quantization."""
+        formats = Formats(config, architecture_name(self.sam_config), 16)
 
-def _fitting(measured: Mapping[str, Histogram], config: QuantConfig | None) -> dict[str, Histogram]:
-    """The histograms of sites whose codes have a histogram's kind and width at this precision."""
+        def fits(path: str, histogram: Histogram) -> bool:
+            site = formats.site(path)
+            return site.cost is not None and site.cost.depends_on_codes and len(histogram.counts) == 2**site.bits
 
-    def fits(path: str, histogram: Histogram) -> bool:
-        site = site_format(path, config, 16)
-        return site.cost is not None and site.cost.depends_on_codes and len(histogram.counts) == 2**site.bits
-
-    return {path: histogram for path, histogram in measured.items() if fits(path, histogram)}
+        return {path: histogram for path, histogram in self.measured.items() if fits(path, histogram)}

@@ -79,7 +79,7 @@ def _neck(b: Builder, c: SamConfig) -> None:
         "conv",
         Gemm(tokens, 9 * out, out),
         a,
-        b.weight(a),
+        b.weight(f"{conv2}/input"),
         a_site=f"{conv2}/input",
         # The 3x3 convolution reads each input nine times from the buffer but once from DRAM.
         source=Tensor(tokens * out, a.bits),

@@ -17,7 +17,7 @@ from hwcost.counts.measure import PROMPTS, measure_histograms
 from sam_flax.config import SamConfig
 from sam_flax.encoders import vit
 from sam_flax.errors import InputError
-from sam_flax.sam import Sam, call
+from sam_flax.sam import Sam
 
 TINY = SamConfig(
     img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, window_size=3, global_attn_indexes=(1,),
@@ -127,8 +127,9 @@ def test_measured_histograms_count_every_code_once(monkeypatch: pytest.MonkeyPat
 
     # Whatever the process's default, products are in full float32: other codes would be counted on a GPU.
     precisions = []
+    decoded = measure.with_decoded
     monkeypatch.setattr(
-        measure, "call", lambda *a, **k: (precisions.append(jax.config.jax_default_matmul_precision), call(*a, **k))[1]
+        measure, "with_decoded", lambda *a: (precisions.append(jax.config.jax_default_matmul_precision), decoded(*a))[1]
     )
     with jax.default_matmul_precision("bfloat16"):
         measure_histograms(model, images, boxes)
