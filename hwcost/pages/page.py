@@ -34,7 +34,7 @@ td.text { white-space: nowrap; } th { color: #5b6773; font-weight: 600; }
 tr.own td { background: #eef4fb; font-weight: 600; }
 svg { width: 100%; height: auto; display: block; font-family: inherit; }
 .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0; }
-.cards div { flex: 1 1 150px; border: 1px solid #e3e7ec; border-radius: 8px; padding: 10px 14px; }
+.cards div { flex: 1 1 120px; border: 1px solid #e3e7ec; border-radius: 8px; padding: 10px 12px; }
 .cards b { display: block; font-size: 22px; } .cards span { color: #5b6773; font-size: 13px; }
 .legend span { margin-right: 18px; font-size: 13px; color: #5b6773; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 6px; }
@@ -118,7 +118,7 @@ def _head(study: Study) -> str:
             f"{tables.milliseconds(float(c.estimates[METHOD].seconds[0]))} ms",
             f"an image with {counts.prompts} prompt(s)",
         ),
-        (f"{tables.number(total['macs'])}MAC", f"{tables.number(total[way])}of them {what}"),
+        (f"{tables.number(total['macs'])}MAC", f"{tables.number(total[way]).strip()} of them {what}"),
         (f"{tables.number(total['weight_bytes'])}B", "weights"),
     ]
     if TWO_PATH in study.variants:
