@@ -13,10 +13,13 @@ from ahcptq_jax import W4A4, QuantConfig
 from ahcptq_jax.architectures.sites import intercept_sites
 from ahcptq_jax.quantizers.packing import packed_size
 from ahcptq_jax.recipe import site_kind
+from ahcptq_jax.rules import Rule
 from hwcost.counts.builder import GELU_OPS
 from hwcost.counts.codes import Histogram
 from hwcost.counts.counts import Counts
 from hwcost.counts.graphs import graph_named
+from hwcost.counts.graphs import graph_named
+from hwcost.study.variants import METHOD, variants
 from sam_flax.config import CONFIGS, VIT_B, SamConfig
 from sam_flax.config import MINI_SCENES as MINI
 from sam_flax.encoders import vit
@@ -218,6 +221,28 @@ def test_on_the_grid_a_site_stores_its_table() -> None:
     assert qparams(f"{block}/attn/qkv") == 3 * weights + 2 * 32 + 4 * 16 * 8 + dim * 2
     for groups in (8, 16, 0):
         assert qparams(f"{block}/attn/qkv", groups=groups) == 3 * weights + 2 * 32 + 8 * 16 * 8 + dim * 3
+
+
+def test_widths_are_those_of_the_recipe_site_by_site() -> None:
+    block = "image_encoder/blocks_0"
+    rules = (
+        Rule(r"image_encoder/.*/attn/qkv/input", a_bits=6, w_bits=3),
+        Rule(r"image_encoder/.*/mlp/lin2/input", kind="uniform", a_bits=8),
+        Rule(r"image_encoder/neck/conv1/input", kind="float"),
+    )
+    mixed = dataclasses.replace(W4A4, rules=rules)
+    layers = {layer.path: layer for layer in hwcost.count(MINI, mixed).layers}
+    widths = {name: layers[path].width for name, path in (
+        ("qkv", f"{block}/attn/qkv"), ("lin1", f"{block}/mlp/lin1"), ("lin2", f"{block}/mlp/lin2"),
+        ("neck", "image_encoder/neck/conv1"),
+    )}  # fmt: skip
+    assert widths == {"qkv": "6x3", "lin1": "4x4", "lin2": "8x4", "neck": "fp32xfp32"}
+    lin2 = layers[f"{block}/mlp/lin2"].ops
+    assert lin2.shifts == lin2.dual_adds == 0 < lin2.int_macs, "the rule's kind, not the architecture's"
+    # One array serves all layers: its element is as wide as the widest codes.
+    assert variants(MINI, mixed, grid_bits=8)[METHOD].design.bits == 8
+    with pytest.raises(InputError, match="grid_bits=7 has no room for the 8-bit codes of image_encoder/blocks_0/mlp"):
+        hwcost.count(MINI, mixed, grid_bits=7)
 
 
 def test_prompts_scale_the_decoder_alone() -> None:
