@@ -26,6 +26,7 @@ from sam_flax.errors import InputError
 from sam_flax.files.images import read_image
 from sam_flax.files.writing import make_folder, write_whole
 
+FAILED, INTERRUPTED = 2, 130  # exit statuses, as of the commands in experiments
 IMAGES = 8
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -90,16 +91,22 @@ def run(options: Options) -> tuple[Study, list[Path]]:
 def main(argv: list[str]) -> int:
     """The command; returns its exit status."""
     if len(argv) > 1:
-        print(f"Error: unexpected argument {argv[1]!r}; every option is a --flag.", file=sys.stderr)
-        return 2
+        return _fail(f"unexpected argument {argv[1]!r}; every option is a --flag.")
     try:
         study, files = run(options_from_flags())
+    except KeyboardInterrupt:
+        print("Interrupted; nothing is kept.", file=sys.stderr)
+        return INTERRUPTED
     except (InputError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
     print(tables.text(study))
     print(f"written: {', '.join(map(str, files))}")
     return 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"Error: {sentence}", file=sys.stderr)
+    return FAILED
 
 
 def cli() -> None:
@@ -108,7 +115,7 @@ def cli() -> None:
     try:
         arguments = with_foreign_flags(sys.argv)
     except InputError as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(_fail(str(error)))
     app.run(main, argv=arguments)
 
 

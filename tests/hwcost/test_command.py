@@ -198,6 +198,8 @@ def test_unusable_options_get_one_sentence(values: dict[str, Any], sentence: str
 
 def test_unusable_files_leave_nothing_behind(tmp_path: Path) -> None:
     out = tmp_path / "out"
+    ran = run(f"--flagfile={tmp_path / 'absent.flags'}")
+    assert ran.returncode == 2 and ran.stderr.startswith("Error: The flag file"), ran.stderr
     ran = run("--model=mini", f"--results={tmp_path / 'absent.json'}", f"--report={out}")
     assert ran.returncode == 2 and ran.stderr.startswith("Error: ") and "absent.json" in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1 and not out.exists()
