@@ -126,11 +126,9 @@ def count(
         codes: measured code histograms, {site path: counts or `Histogram`} (see `hwcost.counts.codes`).
         prompts: boxes decoded for the image.
         float_bits: width of what stays in floating point, 16 or 32.
-        grid_bits: 5 to 8: every code stands for a whole level of so many bits, and every product is one integer product
-            with one sum. 0: the paper's own form, with a sum for each group of channels, for the exponents and for the
-            rest. None: as the quantization has it.
-        assumed: what sites without a histogram take; by default the pooled codes of MINI at W4A4
-            (`hwcost.counts.codes.mini_codes`).
+        grid_bits: 5 to 8: every code stands for a whole level of so many bits, and every product has one sum. 0: the
+            paper's own form, with a sum for each group, for the exponents and for the rest. None: as quantized.
+        assumed: what sites without a histogram take; by default `hwcost.counts.codes.mini_codes`.
 
     Returns:
         The layers. Rounded where shares multiply counts, exact otherwise.
