@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ahcptq_jax.architectures import architecture_of
 from experiments.job.options import FLOAT, Options
 from experiments.job.plan import Inputs
 from hwcost.counts.counts import count
@@ -100,7 +99,7 @@ def forecast(inputs: Inputs, options: Options, speed: float) -> Forecast:
 
 def _seconds_of_passes(sam: Sam, speed: float) -> tuple[float, float]:
     """Seconds of an image through the encoder, and of up to 32 prompts through the decoder."""
-    layers = count(sam.config, prompts=32, architecture=architecture_of(sam).name).layers
+    layers = count(sam.config, prompts=32).layers
     encoder, decoder = (
         sum(layer.ops.macs for layer in layers if layer.part == part) for part in ("encoder", "decoder")
     )
