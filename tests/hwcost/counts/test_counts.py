@@ -18,7 +18,6 @@ from hwcost.counts.builder import GELU_OPS
 from hwcost.counts.codes import Histogram
 from hwcost.counts.counts import Counts
 from hwcost.counts.graphs import graph_named
-from hwcost.counts.graphs import graph_named
 from hwcost.study.variants import METHOD, variants
 from sam_flax.config import CONFIGS, VIT_B, SamConfig
 from sam_flax.config import MINI_SCENES as MINI
