@@ -50,8 +50,8 @@ def quantize(
             result.
         cache: passes over the images and quantized weights of earlier runs, to which those of this run are added; the
             result is the same without it.
-        remainder: what stays in floating point is rounded to float16 at the end, or left in float32. The file of the
-            returned model holds it as it is returned.
+        remainder: "fp16" rounds the parameters that stay in floating point to float16 at the end, "fp32" leaves them
+            as they are. A saved file holds them as they are returned.
         progress: shows bars on stderr.
         on_unit: called after each unit of the reconstruction.
 
@@ -162,7 +162,8 @@ def _has_parts(params: Any, parts: tuple[str, ...]) -> bool:
     return isinstance(params, Mapping) and all(isinstance(params.get(part), Mapping) for part in parts)
 
 
-# The whole calibration is kept: a unit's identity rests on its last bits, which may be others on other processors.
+# The whole calibration is saved, and not made again: the identities of saved units depend on its last bits, which can
+# differ between processors.
 _CALIBRATED = "calibrated.npz"
 
 
@@ -175,7 +176,7 @@ def _calibrated(
     progress: bool,
     cache: StatisticsCache | None,
 ) -> Calibrated:
-    """The calibration, from the state folder if it is there."""
+    """The calibration, which is read from the state folder if a run with the same arguments has left it there."""
     if folder is None:
         return calibrate(sam, params, images, config, progress=progress, cache=cache)
     inputs = [(image.canvas, image.boxes) for image in images]
@@ -188,7 +189,7 @@ def _calibrated(
 
 
 def _save_calibrated(folder: Path, identity: str, params: Params, calibrated: Calibrated) -> None:
-    """Keeps a calibration: the quantized model, and of the parameters what transforms have made of them."""
+    """Saves a calibration: the quantized model, and those parameters that transforms have changed."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         file = Path(scratch) / "calibrated.safetensors"

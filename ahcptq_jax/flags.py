@@ -108,7 +108,7 @@ def _expanded(arguments: Sequence[str], inside: tuple[Path, ...]) -> Iterator[st
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The flags in a file, without comments and the quotes around values."""
+    """The flags in a file, without comments and without the quotes around values."""
     for line in _text(path).splitlines():
         line = line.strip().lstrip("\ufeff")
         if line and not line.startswith(("#", "//")):

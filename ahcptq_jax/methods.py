@@ -1,7 +1,7 @@
 """Quantization methods with reconstruction, each a record of switches over one code path.
 
 The baselines named after papers share our calibration, our units and our corrections, and so differ from one another in
-the switches below and in nothing else. They are not the papers' own programs: BRECQ's first learns rounding on
+the switches below only. They are not the papers' own programs: BRECQ's first learns rounding on
 unquantized activations and then their scales, where ours learns both at once, which is QDrop without drops; AdaRound's
 lets a layer see the quantized ones before it, where ours sees floating-point inputs.
 """
@@ -28,16 +28,16 @@ class Method:
     reconstruction: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def quant_config(self, **overrides: Any) -> QuantConfig:
-        """Its quantizers, `overrides` (bits, seed, ablations) on top."""
+        """The configuration of the method's quantizers; `overrides` (bits, seed, ablations) replace its fields."""
         return QuantConfig(**(self.quantization | overrides))
 
     def reconstruction_config(self, **overrides: Any) -> ReconstructionConfig:
-        """Its reconstruction, `overrides` (iterations, seed, ablations) on top."""
+        """The configuration of the method's reconstruction; `overrides` (iterations, seed) replace its fields."""
         return ReconstructionConfig(**(self.reconstruction | overrides))
 
 
 RECONSTRUCTION_METHODS: dict[str, Method] = {
-    # Weights alone are learned, and in floating-point company: neither inputs nor activations are quantized.
+    # Weights alone are learned; meanwhile neither inputs nor activations are quantized.
     "adaround": Method(METHODS["adaround"], {"learn_scales": False, "input_drop": 1.0, "activation_drop": 1.0}),
     # Block by block on quantized inputs, activation scales learned with the rounding (arXiv 2102.05426).
     "brecq": Method(METHODS["brecq"], _NO_DROP),

@@ -20,7 +20,7 @@ SWITCHES = {"hybrid": "hluq", "grouped": "cag", "log2": "agq"}
 
 
 class Choice(NamedTuple):
-    """What a site gets: the kind of its quantizer, its bits, and the bits of the weights that meet it, if any do."""
+    """The kind and bits of a site's quantizer, and the bits of the weights that are multiplied with it, if any are."""
 
     kind: Kind
     a_bits: int
@@ -34,7 +34,7 @@ class Recipe:
     Attributes:
         rules: the first that says something about a site decides.
         config: widths where no rule gives one; settings of the searches.
-        transforms: names of the rewritings of the parameters, in order; see `transforms`.
+        transforms: names of the transforms that rewrite the parameters first, in order; see the package `transforms`.
     """
 
     rules: tuple[Rule, ...]
@@ -42,7 +42,7 @@ class Recipe:
     transforms: tuple[str, ...] = ()
 
     def at(self, path: str) -> Choice | None:
-        """What the site of this path gets; None for floating point."""
+        """The choice for the site of this path; None if it stays in floating point."""
         kind, a_bits, w_bits = None, None, None
         for rule in self.rules:
             if rule.matches(path):
@@ -82,8 +82,8 @@ def recipe_of(architecture: Architecture, config: QuantConfig) -> Recipe:
     return Recipe(tuple(rules), config, tuple(transforms))
 
 
-def site_kind(path: str, config: QuantConfig, architecture: str = "sam_vit") -> Kind | None:
-    """The kind of a site's quantizer, after the method's switches; None for floating point."""
+def site_kind(path: str, config: QuantConfig, architecture: str) -> Kind | None:
+    """The kind of a site's quantizer in the architecture of this name, after the method's switches; None for float."""
     choice = recipe_of(architecture_named(architecture), config).at(path)
     return None if choice is None else choice.kind
 

@@ -11,10 +11,10 @@ FLOAT = "float"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What the sites that match a pattern get.
+    """The quantizer kind and widths of all sites that match a pattern.
 
-    What a rule leaves None is decided by the next rule that matches the same site: a rule of widths alone keeps the
-    kind that its architecture gives.
+    Each field that a rule leaves None is decided by the next rule that matches the same site: a rule of widths alone
+    keeps the kind that its architecture gives.
 
     Attributes:
         pattern: a regular expression that matches whole site paths, such as "image_encoder/.*/mlp/lin2/input".

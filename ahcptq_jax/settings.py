@@ -28,10 +28,10 @@ _ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What the value of a setting must be.
+    """A condition on the value of a setting, and the words for it.
 
     Attributes:
-        accepts: whether a value of the right type will do.
+        accepts: returns whether a value of the right type is allowed.
         wanted: the end of the sentence "<name>=<value> must be …".
     """
 
@@ -40,31 +40,31 @@ class Check:
 
 
 def at_least(least: int) -> Check:
-    """A number from `least` upwards."""
+    """The check for a number from `least` upwards."""
     return Check(lambda value: value >= least, f"at least {least}")
 
 
 def between(low: float, high: float) -> Check:
-    """A number in the closed interval."""
+    """The check for a number in the closed interval from `low` to `high`."""
     return Check(lambda value: low <= value <= high, f"a number from {low} to {high}")
 
 
 def finite_from(least: float) -> Check:
-    """A finite number from `least` upwards."""
+    """The check for a finite number from `least` upwards."""
     return Check(lambda value: least <= value < math.inf, f"a finite number of at least {least:g}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is known of one field of a record of settings.
+    """The description of one field of a record of settings.
 
     Attributes:
-        name: of the field; empty until the record's class is made.
+        name: the name of the field; empty until the record's class is made.
         default: its value where none is given.
         type: int, float, bool, str or tuple; with default None the type of the value where one is given.
         help: a sentence for `--help` and for readers.
         choices: all values that a text may have; empty for any.
-        check: of a value; None accepts all of the type.
+        check: the condition on a value; None accepts every value of the type.
         sweep: whether a table of methods may switch or set it (`method+name=value`).
     """
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
 from ahcptq_jax.rules import Rule
@@ -93,7 +95,7 @@ class Rewritable:
 
 
 class AttentionCodes(Protocol):
-    """What an attention that runs on codes is given by the runtime: its quantizers and its products."""
+    """The quantizers and products that the runtime gives to an attention which runs on codes."""
 
     @property
     def recording(self) -> bool:
@@ -117,10 +119,10 @@ RunOnCodes = Callable[..., jax.Array]
 
 
 class Architecture(abc.ABC):
-    """What quantization must know of a family of models. Instances have no state and are registered once.
+    """All that quantization knows of a family of models. Instances have no state and are registered once.
 
     Attributes:
-        name: of the family; files name it, and hwcost finds its graph by it.
+        name: the family's name, which stands in files, and by which hwcost finds its graph.
         rules: the official recipe, site by site; `recipe.Recipe` completes it by the configuration.
         parts: the top-level keys of the parameters.
         decoder_parts: those that `decode` reads.
@@ -162,11 +164,17 @@ class Architecture(abc.ABC):
 
     @abc.abstractmethod
     def stages(self, sam: Module) -> StageGraph:
-        """The image encoder behind its embedding."""
+        """The graph of the image encoder's stages, which begins behind the embedding."""
 
     @abc.abstractmethod
-    def embed(self, sam: Module, params: Params, images: jax.Array) -> Any:
-        """Images (B, S, S, 3), normalised and padded -> what stages and units call `EMBEDDED`, never quantized."""
+    def embed(self, sam: Module, params: Params, images: Float[Array, "b s s 3"]) -> Any:
+        """The first input of stages and units (`EMBEDDED`), which is never quantized.
+
+        Args:
+            sam: the module.
+            params: its parameters.
+            images: normalised and padded.
+        """
 
     @abc.abstractmethod
     def encoder_units(self, sam: Module, granularity: str = "part") -> list[Unit]:
@@ -192,8 +200,24 @@ class Architecture(abc.ABC):
         """
         return traced_sites(self, sam)
 
+    def attention_map(
+        self, q: Float[Array, "*g m d"], k: Float[Array, "*g n d"], *biases: Float[Array, "..."]
+    ) -> Float[Array, "*g m n"]:
+        """The probabilities that an attention's `softmax` site sees, for any of its queries.
+
+        Calibration builds the map anew from what the `operands` site sees, because the model may take it in parts.
+
+        Args:
+            q: queries, scaled.
+            k: all keys.
+            biases: what the `operands` site sees behind q, k and v; the row before the last axis is the query's.
+        """
+        if biases:
+            raise NotImplementedError(f"The architecture {self.name} does not say how its attentions are biased.")
+        return nn.softmax(q @ jnp.swapaxes(k, -1, -2))
+
     def rewritable(self, sam: Module) -> Rewritable:
-        """Where parameters can be rewritten without a change of the function."""
+        """The places where parameters can be rewritten without a change of the function."""
         del sam
         return Rewritable()
 
@@ -208,7 +232,7 @@ class Architecture(abc.ABC):
             )
 
     def is_encoder(self, path: str) -> bool:
-        """Whether a path belongs to the encoder, and so has no part in `decode`."""
+        """Whether a path belongs to the encoder, so that `decode` does not read it."""
         return path.split("/")[0] not in self.decoder_parts
 
     def decoder(self, params: Params) -> Params:
@@ -217,7 +241,7 @@ class Architecture(abc.ABC):
 
 
 def traced_sites(architecture: Architecture, sam: Module) -> dict[str, int | None]:
-    """See `Architecture.sites`."""
+    """The sites of a model as `Architecture.sites` returns them, found by abstract evaluation."""
     found: dict[str, int | None] = {}
     config = sam.config
 
@@ -310,7 +334,7 @@ def module_of(config: Any) -> Module:
 
 
 def run_on_codes(module: nn.Module) -> RunOnCodes | None:
-    """How an attention module runs on codes; None for all other modules."""
+    """The function that runs an attention module on codes; None for all other modules."""
     for architecture in _ARCHITECTURES.values():
         if type(module) in architecture.attentions:
             return architecture.attentions[type(module)]

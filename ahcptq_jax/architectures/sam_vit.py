@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ahcptq_jax.architectures.base import (
     Architecture,
@@ -61,12 +62,12 @@ RULES = (
     Rule(_FLOAT_HEADS + r"/layers_\d+/input", FLOAT),
 )
 
-# What shapes do not hold of a configuration; everything else must agree with the parameters.
+# Fields of a configuration that shapes do not show; all others must agree with the parameters.
 _NOT_IN_SHAPES = ("decoder_num_heads", "pixel_mean", "pixel_std", "mask_threshold")
 
 
 class SamVit(Architecture):
-    """See `Architecture`."""
+    """The family of `sam_flax.Sam`; see `Architecture` for its methods."""
 
     name = "sam_vit"
     rules = RULES
@@ -90,7 +91,7 @@ class SamVit(Architecture):
     def stages(self, sam: Sam) -> StageGraph:
         return stage_graph(sam.config)
 
-    def embed(self, sam: Sam, params: Params, images: jax.Array) -> jax.Array:
+    def embed(self, sam: Sam, params: Params, images: Float[Array, "b s s 3"]) -> Float[Array, "b g g c"]:
         return embed_image(sam.config, params, images)
 
     def encoder_units(self, sam: Sam, granularity: str = "part") -> list[Unit]:
@@ -150,6 +151,15 @@ class SamVit(Architecture):
                 sites[f"{parent}/softmax"] = None
         return sites
 
+    def attention_map(
+        self, q: Float[Array, "*g m d"], k: Float[Array, "*g n d"], *biases: Float[Array, "..."]
+    ) -> Float[Array, "*g m n"]:
+        """See `Architecture.attention_map`; the encoder's attentions add one bias for rows and one for columns."""
+        if biases:
+            bias_h, bias_w = biases
+            return vit.attention_probabilities(q, k, bias_h, bias_w)
+        return super().attention_map(q, k)
+
     def rewritable(self, sam: Sam) -> Rewritable:
         config = sam.config
         norms, hidden, keys = [], [], [f"{_TRANSFORMER}/final_attn_token_to_image/k_proj"]
@@ -184,7 +194,7 @@ _PARTS_WITH_SITES = ("image_encoder/blocks_", "image_encoder/neck/", _TRANSFORME
 
 
 def _differences(given: SamConfig, found: SamConfig) -> dict[str, tuple[Any, Any]]:
-    """What shapes hold and two configurations say differently: field -> both values."""
+    """The fields in which two configurations differ, of those that shapes show: name -> both values."""
 
     def view(config: SamConfig) -> dict[str, Any]:
         values = config.to_dict()

@@ -1,4 +1,4 @@
-"""Reaching into a SAM: its sites by path, and the parts it is run in."""
+"""Sites of a model by their paths, and nested parameters as flat ones."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 
 def intercept_sites(handle: Callable[[str, Any], Any]) -> AbstractContextManager[None]:
-    """Inside this context every `Site` returns `handle(path, value)` instead of its value."""
+    """A context in which every `Site` returns `handle(path, value)` instead of its value."""
 
     def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         if isinstance(context.module, Site):
@@ -30,10 +30,10 @@ def below(prefix: str, entries: Mapping[str, V]) -> dict[str, V]:
 
 
 def flatten(params: Params) -> dict[str, Any]:
-    """Nested parameters -> {path with slashes: array}."""
+    """Nested parameters as one dict from paths with slashes to arrays."""
     return traverse_util.flatten_dict(params, sep="/")
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Inverse of `flatten`."""
+    """The nested parameters of which `flatten` made this dict."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")

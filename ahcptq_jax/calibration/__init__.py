@@ -1,1 +1,1 @@
-"""From a few images to quantizers: passes over the model, statistics of sites, searches."""
+"""The way from a few images to quantizers: passes over the model, and the statistics of its sites."""

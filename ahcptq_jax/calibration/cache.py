@@ -1,4 +1,4 @@
-"""What calibration has found and a later run can take over, so that many settings on one model find it once."""
+"""A cache of what calibration has found, so that runs with many settings on one model find it once."""
 
 import dataclasses
 from collections.abc import Hashable, Iterator, MutableMapping
@@ -18,11 +18,11 @@ MOST_BYTES = 2**30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """What a pass over all images has found.
+    """The findings of one pass over all images.
 
     Attributes:
-        statistics: what calibration accumulated, by site or by stage and site.
-        embeddings: of the images, each an array or a tuple of arrays; none from the decoder's pass.
+        statistics: the accumulated statistics, by site or by stage and site.
+        embeddings: the encoder's outputs, for each image an array or a tuple of arrays; empty for the decoder's pass.
     """
 
     statistics: dict[str, Any]
@@ -63,6 +63,7 @@ class Recent(MutableMapping[Hashable, V], Generic[V]):
 
 
 def _bytes_of(tree: Any) -> int:
+    """The size of a pytree's arrays in bytes."""
     leaves = jax.tree.leaves(tree)
     return sum(int(np.prod(np.shape(leaf))) * np.dtype(getattr(leaf, "dtype", float)).itemsize for leaf in leaves)
 
@@ -76,9 +77,9 @@ class StatisticsCache:
     or another seed take the place of all passes. The weights depend on no image and stay, as far as there is room.
 
     Attributes:
-        identity: of the model, the images and the seed.
-        passes: all that a pass depends on besides -> what it found.
-        weights: a kernel's content and how it was quantized -> its codes.
+        identity: a fingerprint of the model, the images and the seed.
+        passes: from all else that a pass depends on to its findings.
+        weights: from a kernel's content and the way it was quantized to its codes.
     """
 
     identity: str = ""

@@ -29,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-    """What calibration gives.
+    """The result of a calibration.
 
     Attributes:
         quantized: the model.
@@ -56,7 +56,7 @@ def calibrate(
         sam: the module.
         params: its floating-point parameters.
         images: see `images.prepare_images`.
-        config: bits and switches.
+        config: its bits, rules and switches.
         progress: shows bars on stderr.
         state_dir: where the encoder's statistics are kept after each image, and found again by a later run with the
             same arguments, which ends with the same result.
@@ -119,7 +119,7 @@ def check_recipe(recipe: Recipe, sites: Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Calibration:
-    """What one call of `calibrate` shares among its steps."""
+    """The arguments of one call of `calibrate`, which its steps share."""
 
     sam: Any
     recipe: Recipe

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from ahcptq_jax.config import QuantConfig
 from sam_flax import preprocessing
@@ -13,15 +14,15 @@ from sam_flax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationImage:
-    """One image as the model sees it.
+    """One calibration image as the model sees it, and its prompts.
 
     Attributes:
-        canvas: (S, S, 3) float32, normalised and padded.
-        boxes: (P, 4) float32 prompts in canvas pixels.
+        canvas: the image, resized, normalised and padded.
+        boxes: the prompts as x0, y0, x1, y1 in canvas pixels.
     """
 
-    canvas: np.ndarray
-    boxes: np.ndarray
+    canvas: Float32[np.ndarray, "s s 3"]
+    boxes: Float32[np.ndarray, "p 4"]
 
 
 def prepare_images(calib: Iterable[Any], sam: Any, config: QuantConfig) -> list[CalibrationImage]:
@@ -45,10 +46,10 @@ def prepare(index: int, item: Any, sam: Any, config: QuantConfig, rng: np.random
     Every image gets `prompts_per_image` boxes, chosen by `rng` or repeated, so that all share one shape.
 
     Args:
-        index: its position, for the sentences.
+        index: its position among all items, which error messages name.
         item: an image (H, W, 3) uint8, or (image, boxes) with boxes (N, 4) as x0, y0, x1, y1 in its pixels.
         sam: the module, whose configuration has the canvas and the pixel statistics.
-        config: how many prompts an image gets.
+        config: says how many prompts an image gets.
         rng: chooses them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One streaming pass over calibration images: activations -> statistics -> quantizers.
+"""One streaming pass over the calibration images, from activations to statistics to quantizers.
 
 Statistics are taken on the floating-point model, one image at a time, inside the jitted function that runs a stage:
 activations never leave it. Stages of one kind share one compilation on a device, whatever their number. Where there are
@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32, PRNGKeyArray
 
-from ahcptq_jax.architectures import architecture_of
+from ahcptq_jax.architectures import Architecture, architecture_of
 from ahcptq_jax.architectures.base import Operation
 from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
 from ahcptq_jax.calibration import saved_state
@@ -28,25 +29,29 @@ from sam_flax.layers import in_float32
 from sam_flax.sam import Params
 from sam_flax.stages import Stage
 
-Run = Callable[..., Any]  # (parameters, inputs...) -> output, hashable
-
-
+# A hashable function (parameters, inputs...) -> output: a part of the model.
+Run = Callable[..., Any]
 Sites = tuple[SiteRule, ...]
 
 
-@partial(jax.jit, static_argnames=("run", "sites", "config"))
+@partial(jax.jit, static_argnames=("run", "sites", "config", "architecture"))
 @in_float32
 def observe(
     run: Run,
     params: Params,
     statistics: dict[str, Any],
     inputs: tuple[Any, ...],
-    key: jax.Array,
+    key: PRNGKeyArray,
     *,
     sites: Sites,
     config: QuantConfig,
+    architecture: Architecture,
 ) -> tuple[Any, dict[str, Any]]:
-    """Runs a part of the model on one batch and adds its activations to the statistics of `sites`."""
+    """Runs a part of the model on one batch and adds its activations to the statistics of `sites`.
+
+    Returns:
+        The part's output, and the statistics with the batch.
+    """
     captured: dict[str, Any] = {}
 
     def capture(path: str, value: Any) -> Any:
@@ -59,7 +64,7 @@ def observe(
         output = run(params, *inputs)
     keys = jax.random.split(key, len(sites))
     updated = {
-        rule.path: update_statistics(statistics[rule.path], rule, captured, params, site_key, config)
+        rule.path: update_statistics(statistics[rule.path], rule, captured, params, site_key, config, architecture)
         for rule, site_key in zip(sites, keys, strict=True)
     }
     return output, updated
@@ -101,21 +106,21 @@ def stage_devices(stages: int) -> list[jax.Device | None]:
 def observe_encoder(
     sam: Any,
     params: Params,
-    images: Iterable[np.ndarray],
+    images: Iterable[Float32[np.ndarray, "s s 3"]],
     recipe: Recipe,
     saved: SavedStatistics | None = None,
     cache: StatisticsCache | None = None,
 ) -> tuple[dict[str, Quantizer], list[Any]]:
     """Quantizers of the image encoder, and the floating-point embedding of each image.
 
-    A device waits for no other but for its next image, so that all are at work once as many images as there are devices
-    are on their way; every stage still sees the images one by one and in order, as on a single device.
+    A device waits only for its next image, so that all work at once when as many images as there are devices are on
+    their way; every stage still sees the images one by one and in order, as on a single device.
 
     Args:
         sam: the module.
         params: its floating-point parameters.
-        images: canvases (S, S, 3), normalised and padded.
-        recipe: what each site gets.
+        images: canvases, normalised and padded.
+        recipe: says what each site gets.
         saved: where the state is kept after each image; images that it has are not run again.
         cache: a pass that it has is taken over, one that it has not is added.
     """
@@ -150,12 +155,19 @@ def observe_encoder(
             continue
         key = jax.random.fold_in(jax.random.key(recipe.config.seed), index)
 
-        def apply(stage: Stage, inputs: tuple[Any, ...], key: jax.Array = key) -> Any:
+        def apply(stage: Stage, inputs: tuple[Any, ...], key: PRNGKeyArray = key) -> Any:
             run, place = Operation(stage.module), places[stage.key]
             inputs, key = _put(inputs, place), _put(key, place)
             rules, settings = observers[stage.key]
             output, statistics[stage.key] = observe(
-                run, own[stage.key], statistics[stage.key], inputs, key, sites=rules, config=settings
+                run,
+                own[stage.key],
+                statistics[stage.key],
+                inputs,
+                key,
+                sites=rules,
+                config=settings,
+                architecture=architecture,
             )
             return output
 
@@ -201,12 +213,16 @@ def observe_decoder(
     sam: Any,
     params: Params,
     embeddings: Sequence[Any],
-    prompts: Iterable[np.ndarray],
+    prompts: Iterable[Float32[np.ndarray, "p 4"]],
     recipe: Recipe,
     cache: StatisticsCache | None = None,
 ) -> dict[str, Quantizer]:
-    """Quantizers of the mask decoder, prompted with (P, 4) canvas boxes per image; `cache` as in `observe_encoder`."""
-    decoder = architecture_of(sam).decoder(params)
+    """Quantizers of the mask decoder, which is prompted with each image's boxes in canvas pixels.
+
+    The other arguments are those of `observe_encoder`.
+    """
+    architecture = architecture_of(sam)
+    decoder = architecture.decoder(params)
     run = Operation(sam, "decode")
     sites: Sites = ()
     statistics: dict[str, Any] = {}
@@ -223,7 +239,10 @@ def observe_decoder(
                 if (known := cache.passes.get(whole)) is not None:
                     return finalize(known.statistics, sites, recipe.config)
         key = jax.random.fold_in(jax.random.key(recipe.config.seed + 1), index)
-        _, statistics = observe(run, decoder, statistics, inputs, key, sites=observer[0], config=observer[1])
+        rules, settings = observer
+        _, statistics = observe(
+            run, decoder, statistics, inputs, key, sites=rules, config=settings, architecture=architecture
+        )
     if cache is not None:
         cache.passes[whole] = Observed(statistics, [])
     return finalize(statistics, sites, recipe.config)

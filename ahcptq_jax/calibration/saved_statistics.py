@@ -15,11 +15,11 @@ from sam_flax.stages import joined
 
 @dataclasses.dataclass(frozen=True)
 class SavedStatistics:
-    """The encoder's calibration in a folder, so that a killed one goes on after its last finished image.
+    """The files of one encoder's calibration: its statistics, and the embeddings of the finished images.
 
     Attributes:
         folder: holds one file of statistics and one for each embedding.
-        identity: of the run, see `saved_state.fingerprint`.
+        identity: the run's fingerprint, see `saved_state.fingerprint`.
     """
 
     folder: Path

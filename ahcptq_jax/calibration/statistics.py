@@ -1,26 +1,24 @@
-"""The statistics of quantized sites: what each one's kind is shown of a batch, and the quantizers that come of it."""
+"""The statistics of quantized sites: each site's kind updates them batch by batch and makes a quantizer of them."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from ahcptq_jax.architectures import Architecture
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.quantizers.kinds import Observation, kind_named
 from ahcptq_jax.quantizers.searches.batches import draw_rows
-from sam_flax.encoders.vit import attention_probabilities
 from sam_flax.sam import Params
 
 
 class SiteRule(NamedTuple):
-    """What a site is quantized to. Hashable: part of a static argument of `jax.jit`.
+    """The kind and width of a site's quantizer. Hashable, because it is part of a static argument of `jax.jit`.
 
     Attributes:
-        path: of the site.
+        path: the site's.
         kind: name of the quantizer kind.
         bits: width of its codes.
     """
@@ -49,26 +47,25 @@ def relevant(rules: Iterable[SiteRule], settings: QuantConfig) -> tuple[tuple[Si
     return tuple(kept), dataclasses.replace(default, **{name: getattr(settings, name) for name in needed})
 
 
-def attention_map(operands: tuple[jax.Array, ...], rows: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def attention_map(
+    architecture: Architecture, operands: tuple[Float[Array, "..."], ...], rows: int, key: PRNGKeyArray
+) -> tuple[Float[Array, "*g m n"], Float[Array, "*g n d"]]:
     """Probabilities and values of an attention, for at most `rows` queries drawn by `key` (0: all).
 
     Args:
-        operands: what the `operands` site sees: (q, k, v) of the decoder with q (N, heads, T, d), or
-            (q, k, v, bias_h, bias_w) of the encoder with q (G, T, d).
-
-    Returns:
-        (..., M, T) probabilities, (..., T, d) values.
+        architecture: the model's; it says what its attentions do with their biases.
+        operands: the values at the `operands` site: q, k, v, each (..., T, d), and the module's biases, if any.
+        rows: the most queries.
+        key: draws them.
     """
     q, k, v, *biases = operands
     picked = draw_rows(q.shape[-2], rows, key)
     if picked is not None:
         q, biases = q[..., picked, :], [b[..., picked, :] for b in biases]
-    if biases:
-        return attention_probabilities(q, k, *biases), v
-    return nn.softmax(q @ jnp.swapaxes(k, -1, -2)), v
+    return architecture.attention_map(q, k, *biases), v
 
 
-def _kernel_of(params: Params, layer: str) -> jax.Array:
+def _kernel_of(params: Params, layer: str) -> Array:
     node: Any = params
     for name in layer.split("/"):
         node = node[name]
@@ -81,12 +78,28 @@ def init_statistics(rule: SiteRule, shape: tuple[int, ...], settings: QuantConfi
 
 
 def update_statistics(
-    state: Any, rule: SiteRule, captured: Mapping[str, Any], params: Params, key: jax.Array, settings: QuantConfig
+    state: Any,
+    rule: SiteRule,
+    captured: Mapping[str, Any],
+    params: Params,
+    key: PRNGKeyArray,
+    settings: QuantConfig,
+    architecture: Architecture,
 ) -> Any:
-    """Adds a batch to the statistics of a site; `captured` holds what the sites saw, by path."""
+    """The statistics of a site after one more batch.
+
+    Args:
+        state: the statistics before it.
+        rule: the site's.
+        captured: what all sites of the part saw in the batch, by path.
+        params: the part's, for statistics that look at the kernel behind the site.
+        key: for random choices.
+        settings: the statistic's.
+        architecture: the model's.
+    """
     if rule.is_attention:
         operands = captured[rule.path.removesuffix("softmax") + "operands"]
-        observed = Observation(key, attention=lambda queries: attention_map(operands, queries, key))
+        observed = Observation(key, attention=lambda queries: attention_map(architecture, operands, queries, key))
     else:
         layer = rule.path.removesuffix("/input")
         kernel = _kernel_of(params, layer) if layer != rule.path else None

@@ -1,10 +1,11 @@
 """Weights as packed codes: the search of their ranges, and which layers are quantized."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
 
 from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.calibration import saved_state
@@ -46,12 +47,12 @@ def quantize_weights(
     return unflatten(flat), weights
 
 
-def quantize_weight(kernel: Any, bits: int, *, search: bool) -> QuantizedWeight:
-    """A kernel (..., out) as packed codes, quantized per output channel.
+def quantize_weight(kernel: Float[Array | np.ndarray, "*in out"], bits: int, *, search: bool) -> QuantizedWeight:
+    """A kernel as packed codes, quantized per output channel.
 
     Args:
-        kernel: in floating point.
-        bits: of the codes.
+        kernel: the weights in floating point.
+        bits: the width of the codes.
         search: searches each channel's range; else its minimum and maximum are taken.
     """
     kernel = jnp.asarray(kernel, jnp.float32)
@@ -64,6 +65,6 @@ def quantize_weight(kernel: Any, bits: int, *, search: bool) -> QuantizedWeight:
 
 
 @jax.jit
-def _pack_weight(kernel: jax.Array, quantizer: Uniform) -> QuantizedWeight:
+def _pack_weight(kernel: Float32[Array, "*in out"], quantizer: Uniform) -> QuantizedWeight:
     codes = quantizer.encode(kernel)
     return QuantizedWeight.from_codes(codes, quantizer.scale, quantizer.zero_point, quantizer.bits)

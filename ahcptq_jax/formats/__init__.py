@@ -1,1 +1,1 @@
-"""What a quantized model is written as, and tables of it."""
+"""The file formats of a quantized model, and the table that summarizes it."""

@@ -28,7 +28,7 @@ def export_encoder(quantized: Quantized, platforms: Sequence[str] = ("cpu",)) ->
 
     Args:
         quantized: the model.
-        platforms: where it shall run, of "cpu", "cuda", "rocm" and "tpu".
+        platforms: those that it can run on, of "cpu", "cuda", "rocm" and "tpu".
     """
     size = quantized.config.img_size
 
@@ -46,13 +46,14 @@ def export_decoder(
 
     Args:
         quantized: the model.
-        points: of each prompt. 0 makes a function of embeddings (1, g, g, C) and boxes (N, 4) float32; P > 0 one of
-            embeddings, coordinates (N, P, 2) float32 and labels (N, P) int32, where -1 stands for no point.
+        points: the number of points of each prompt. 0 makes a function of embeddings (1, g, g, C) and boxes (N, 4)
+            float32; P > 0 one of embeddings, coordinates (N, P, 2) float32 and labels (N, P) int32, where -1 stands for
+            no point.
         multimask_output: three masks for a prompt instead of one.
         platforms: as for `export_encoder`.
 
     Returns:
-        What returns logits (N, M, 4g, 4g) and predicted IoU (N, M), M = 3 or 1.
+        The serialized function, which returns logits (N, M, 4g, 4g) and predicted IoU (N, M), M = 3 or 1.
 
     Raises:
         ValueError: if `points` is negative.

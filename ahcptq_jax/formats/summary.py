@@ -1,4 +1,4 @@
-"""`quantized.summary()`: what every layer became, and what each part of the artefact weighs."""
+"""The summary of a quantized model: the quantizers of every layer, and the size of each part of the artefact."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import defaultdict
 from ahcptq_jax.architectures import architecture_of
 from ahcptq_jax.formats import artefact
 from ahcptq_jax.quantizers.kinds import kind_of
-from ahcptq_jax.recipe import weight_path
+from ahcptq_jax.recipe import recipe_of, weight_path
 from ahcptq_jax.runtime.quantized import FILE_FUNCTIONS, Quantized
 
 
@@ -20,10 +20,10 @@ class Row:
 
     Attributes:
         name: path of the layer, of the site, or of the part.
-        shape: of the kernel; empty where there is none.
+        shape: the kernel's; empty where there is none.
         w_bits: width of its weights' codes; None where there are none, 16 or 32 (of the widest) in floating point.
         a_bits: width of its input's codes, or the site's; None in floating point.
-        kind: of the activation quantizer, "" for none.
+        kind: the activation quantizer's, "" for none.
         groups: distinct scales of the activation quantizer, 0 for none.
         detail: numbers of the quantizer that say how it divides its range: HLUQ's `log` of `all` codes, breakpoint
             above the minimum, and step; AGQ's tau.
@@ -47,10 +47,12 @@ class Summary:
     Attributes:
         rows: quantized layers and sites, then what stays in floating point, then the file's header.
         float32_nbytes: size of the model's parameters before quantization.
+        unnamed: sites of which no rule of the recipe says anything; they stay in floating point, perhaps by oversight.
     """
 
     rows: tuple[Row, ...]
     float32_nbytes: int
+    unnamed: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +87,10 @@ class Summary:
             return "  ".join(padded).rstrip()
 
         rule = "-" * len(line(head))
-        return "\n".join([line(head), rule, *map(line, body), rule, line(total)])
+        table = [line(head), rule, *map(line, body), rule, line(total)]
+        if self.unnamed:
+            table.append(f"No rule names these sites, which stay in floating point: {', '.join(self.unnamed)}.")
+        return "\n".join(table)
 
 
 def summarize(quantized: Quantized) -> Summary:
@@ -129,8 +134,10 @@ def summarize(quantized: Quantized) -> Summary:
     rows += [Row(f"{part} (float)", (), widest[part], None, "", 0, "", size) for part, size in sorted(parts.items())]
     header = len(artefact.header_bytes(quantized, tensors, checksums=False))
     rows.append(Row("header (names, shapes, configuration, checksums)", (), None, None, "", 0, "", header))
-    original = sum(math.prod(shape) for shape in architecture_of(quantized.sam).shapes(quantized.sam).values())
-    return Summary(tuple(rows), 4 * original)
+    architecture, sam = architecture_of(quantized.sam), quantized.sam
+    original = sum(math.prod(shape) for shape in architecture.shapes(sam).values())
+    unnamed = recipe_of(architecture, quantized.quant_config).unnamed(architecture.sites(sam))
+    return Summary(tuple(rows), 4 * original, tuple(unnamed))
 
 
 def _by_number(path: str) -> list[tuple[int, str]]:

@@ -86,7 +86,14 @@ def hybrid_fake_quant(
     return jnp.where(u <= scale_log, log_value, n * scale_uniform + scale_log) + minimum
 
 
-def _forward(x, minimum, scale_log, scale_uniform, log_levels, levels):  # noqa: ANN001, ANN202
+def _forward(
+    x: jax.Array,
+    minimum: jax.Array,
+    scale_log: jax.Array,
+    scale_uniform: jax.Array,
+    log_levels: jax.Array,
+    levels: int,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     value = hybrid_fake_quant(x, minimum, scale_log, scale_uniform, log_levels, levels)
     return value, (x, minimum, scale_log, scale_uniform, log_levels)
 

@@ -1,4 +1,4 @@
-"""AdaRound: learning whether each weight is rounded down or up (arXiv 2004.10568).
+"""AdaRound, which learns whether each weight is rounded down or up (arXiv 2004.10568).
 
 A weight ``w`` becomes ``(clip(floor(w/s) + h(alpha) + z, 0, 2^b-1) - z) * s``. While it is learned, ``h`` is the
 rectified sigmoid, anywhere in 0..1; a regularizer drives it to the ends, and afterwards ``alpha >= 0`` decides.
@@ -8,6 +8,8 @@ Source: official ``AdaRoundFakeQuantize`` and ``LinearTempDecay``.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
 
 from ahcptq_jax.quantizers import Uniform
 
@@ -16,50 +18,58 @@ GAMMA = -0.1
 ZETA = 1.1
 
 
-def rectified_sigmoid(alpha: jax.Array) -> jax.Array:
-    """``clip(sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)``: how far each weight is rounded up."""
+def rectified_sigmoid(alpha: Float[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
+    """The share by which each weight is rounded up, ``clip(sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)``."""
     return jnp.clip(jax.nn.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
 
 
-def initial_alpha(weight: jax.Array, scale: jax.Array) -> jax.Array:
+def initial_alpha(
+    weight: Float[Array | np.ndarray, "*shape"], scale: Float[Array | np.ndarray, "..."]
+) -> Float[Array, "*shape"]:
     """The ``alpha`` at which the soft weight equals the weight itself, where that is in range.
 
     Args:
-        weight: ``(..., out)``.
+        weight: output channels last.
         scale: ``(out,)`` or scalar.
 
     Returns:
-        float32 of the weight's shape; not negative where rounding to nearest goes up.
+        The ``alpha``, which is not negative where rounding to nearest goes up.
     """
     ratio = weight / scale
     rest = ratio - jnp.floor(ratio)  # 0..1
     return -jnp.log((ZETA - GAMMA) / (rest - GAMMA) - 1.0)
 
 
-def soft_weight(floor: jax.Array, alpha: jax.Array, quantizer: Uniform) -> jax.Array:
+def soft_weight(
+    floor: Float[Array | np.ndarray, "*shape"], alpha: Float[Array | np.ndarray, "*shape"], quantizer: Uniform
+) -> Float[Array, "*shape"]:
     """The weight while its rounding is learned, differentiable in ``alpha``.
 
     Args:
-        floor: ``(..., out)``, ``floor(weight / scale)``; it never changes, so it is computed once.
-        alpha: of the same shape.
-        quantizer: scale and zero point, ``(out,)`` or scalar.
+        floor: ``floor(weight / scale)``, output channels last; it never changes, so it is computed once.
+        alpha: the variable that is learned.
+        quantizer: its scale and zero point are scalars, or one for each output channel.
     """
     code = jnp.clip(floor + rectified_sigmoid(alpha) + quantizer.zero_point, 0.0, 2**quantizer.bits - 1)
     return (code - quantizer.zero_point) * quantizer.scale
 
 
-def hard_codes(floor: jax.Array, alpha: jax.Array, quantizer: Uniform) -> jax.Array:
-    """The int32 codes ``0..2^b-1`` that the learning decided on; arguments as `soft_weight`."""
+def hard_codes(
+    floor: Float[Array | np.ndarray, "*shape"], alpha: Float[Array | np.ndarray, "*shape"], quantizer: Uniform
+) -> Int32[Array, "*shape"]:
+    """The codes ``0..2^b-1`` that the learning decided on; the arguments are those of `soft_weight`."""
     code = floor + (alpha >= 0) + quantizer.zero_point
     return jnp.clip(code, 0, 2**quantizer.bits - 1).astype(jnp.int32)
 
 
-def regularizer(alpha: jax.Array, beta: jax.Array | float) -> jax.Array:
-    """``1 - |2 h(alpha) - 1|^beta``, elementwise: 0 where the rounding is decided, 1 where it is half-way.
+def regularizer(
+    alpha: Float[Array | np.ndarray, "*shape"], beta: Float[Array | np.ndarray, ""] | float
+) -> Float[Array, "*shape"]:
+    """The penalty ``1 - |2 h(alpha) - 1|^beta`` of each weight: 0 where it is decided, 1 where it is half-way.
 
     Args:
-        alpha: any shape.
-        beta: exponent, at least 1; may be traced. A large one leaves weights free until they are nearly decided.
+        alpha: the variable that is learned.
+        beta: the exponent, at least 1; may be traced. A large one leaves weights free until they are nearly decided.
     """
     distance = jnp.abs(2.0 * rectified_sigmoid(alpha) - 1.0)
     # exp and log are vectorised on a CPU, the power function is not. The floor keeps the logarithm finite.
@@ -67,8 +77,8 @@ def regularizer(alpha: jax.Array, beta: jax.Array | float) -> jax.Array:
 
 
 def temperature(
-    step: jax.Array | int, steps: int, warmup: float = 0.2, start: float = 20.0, end: float = 2.0
-) -> jax.Array:
+    step: Int[Array, ""] | int, steps: int, warmup: float = 0.2, start: float = 20.0, end: float = 2.0
+) -> Float[Array, ""]:
     """The regulariser's exponent after `step` of `steps` steps.
 
     Constant at `start` during the share `warmup` of all steps, then linear down to `end`.

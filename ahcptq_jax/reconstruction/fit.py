@@ -1,4 +1,4 @@
-"""All iterations of one unit: what is drawn, when channels are regrouped, and when the state is saved."""
+"""The iterations of one unit: the draws of its batches, the regrouping of channels, and the saving of its state."""
 
 import dataclasses
 import time
@@ -21,12 +21,12 @@ from ahcptq_jax.reconstruction.units import Dataset, Feeder
 
 
 class Ending(NamedTuple):
-    """What the quantizers of a unit end as.
+    """The form that the quantizers of a unit end in.
 
     Attributes:
-        groups: where the ladder of CAG ends; 0 if there is none.
-        metric: of the k-means that takes channels there.
-        grid_bits: of the grid that they end on; 0 for none.
+        groups: the number of groups at the end of CAG's ladder; 0 if there is no ladder.
+        metric: the metric of the k-means that groups channels.
+        grid_bits: the bits of the grid that they end on; 0 for none.
     """
 
     groups: int
@@ -56,13 +56,13 @@ def fit(
     """Learns a unit, from its intermediate state if one was saved.
 
     Args:
-        unit: what is learned.
+        unit: the unit that is learned.
         problem, state: from `learning.start`.
         data: its inputs and targets; `objective.context` is `data.context`.
-        objective: what is minimised.
-        config: how.
-        ending: where the groups of channels and the steps end.
-        folder: keeps the state now and then.
+        objective: the loss that is minimised.
+        config: the settings of the reconstruction.
+        ending: the form in which the quantizers end.
+        folder: keeps the state every `config.save_seconds`.
         bar: counts iterations.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(unit.name.encode()))
@@ -71,7 +71,7 @@ def fit(
     drawn = np.asarray(jax.random.randint(batch_key, (config.iterations, config.batch), 0, len(data)))
     first, state = folder.load_partial(unit, state)
     feed = Feeder(data, config.chunk, config.batch, config.memory_budget // 2)
-    # What has no influence on a step must not compile it again.
+    # Settings that do not influence a step are set to their defaults, so that they do not compile it again.
     static = dataclasses.replace(config.result_settings(), seed=0, parts=ReconstructionConfig().parts)
     bar.set_description(unit.name)
     bar.update(first)

@@ -19,7 +19,7 @@ from ahcptq_jax.reconstruction import learning
 
 @dataclasses.dataclass(frozen=True)
 class UnitState:
-    """What a unit contributes to the quantized model, by paths relative to the unit.
+    """The part of the quantized model that belongs to a unit, by paths relative to the unit.
 
     Attributes:
         weights: layer -> packed weight.
@@ -34,7 +34,7 @@ class UnitState:
     after: float = 0.0
 
     def arrays(self) -> dict[str, Any]:
-        """What a file of it holds, by name."""
+        """The arrays that a file of the state holds, by name."""
         arrays: dict[str, Any] = {"errors": np.array([self.before, self.after])}
         arrays |= {f"codes/{layer}": weight.packed for layer, weight in self.weights.items()}
         for site, quantizer in self.quantizers.items():
@@ -79,7 +79,7 @@ class StateFolder:
 
     Attributes:
         folder: None keeps nothing.
-        identity: of the run, see `saved_state.fingerprint`.
+        identity: the run's fingerprint, see `saved_state.fingerprint`.
     """
 
     folder: Path | None

@@ -1,4 +1,4 @@
-"""What a unit's reconstruction minimises, as values: the local error of its output, and whatever is registered here.
+"""Objectives, which the reconstruction of a unit minimises: the local error of its output, and others that register.
 
 An objective is prepared for a unit once. It may look at more than the unit's output and target: at arrays with a row
 for each calibration image, such as prompts, and at what all images share, such as the rest of the model's parameters.
@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Shaped
 
 from ahcptq_jax.architectures import Architecture
 from ahcptq_jax.architectures.base import Unit
@@ -20,15 +20,21 @@ from sam_flax.sam import Params
 
 
 class Loss(Protocol):
-    """A number to minimise. Hashable: a static argument of the compiled step."""
+    """A function to minimise. It is hashable, because it is a static argument of the compiled step."""
 
-    def __call__(self, output: jax.Array, target: jax.Array, context: tuple[jax.Array, ...], shared: Any) -> jax.Array:
+    def __call__(
+        self,
+        output: Float[Array, "rows *shape"],
+        target: Float[Array, "rows *shape"],
+        context: tuple[Shaped[Array, "rows ..."], ...],
+        shared: Any,
+    ) -> Float[Array, ""]:
         """The loss of a batch.
 
         Args:
-            output: of the quantized unit, (B*b, ...) for B images of b rows each.
-            target: of the floating-point unit, of the same shape.
-            context: rows of `Objective.context` for the same images, each (B*b, ...).
+            output: the quantized unit's, with B*b rows for B images of b rows each.
+            target: the floating-point unit's.
+            context: rows of `Objective.context` for the same images.
             shared: `Objective.shared`.
         """
 
@@ -39,32 +45,32 @@ class Objective:
 
     Attributes:
         loss: the function.
-        context: arrays (N, b, ...) with rows for each of the N calibration images.
+        context: arrays with b rows for each of the n calibration images.
         shared: a pytree of arrays that all images share.
     """
 
     loss: Loss
-    context: tuple[np.ndarray, ...] = ()
+    context: tuple[Shaped[np.ndarray, "n b ..."], ...] = ()
     shared: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a unit stands, for the objectives that look beyond it.
+    """A unit and the model around it, for objectives that look beyond the unit.
 
     Attributes:
-        unit: that is learned.
-        architecture: of the model.
+        unit: the one that is learned.
+        architecture: the model's.
         sam: the module.
         params: the floating-point parameters, after all transforms.
-        boxes: for each calibration image the prompts (P, 4) in canvas pixels.
+        boxes: for each calibration image its prompts, in canvas pixels.
     """
 
     unit: Unit
     architecture: Architecture
     sam: Any
     params: Params
-    boxes: Sequence[np.ndarray]
+    boxes: Sequence[Float32[np.ndarray, "p 4"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +80,13 @@ class LocalError:
     axis: int
     power: float = 2.0
 
-    def __call__(self, output: jax.Array, target: jax.Array, context: tuple[jax.Array, ...], shared: Any) -> jax.Array:
+    def __call__(
+        self,
+        output: Float[Array, "rows *shape"],
+        target: Float[Array, "rows *shape"],
+        context: tuple[Shaped[Array, "rows ..."], ...],
+        shared: Any,
+    ) -> Float[Array, ""]:
         del context, shared
         difference = jnp.square(output - target)
         if self.power != 2:
@@ -94,7 +106,7 @@ def register(name: str, make: Make) -> None:
 
 
 def objective_named(name: str) -> Make:
-    """What prepares the objective that a configuration names.
+    """The function that prepares the objective which a configuration names.
 
     Raises:
         InputError: if there is none of this name.

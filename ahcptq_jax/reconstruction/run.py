@@ -1,7 +1,7 @@
-"""`reconstruct`: a calibrated model made better, unit by unit in forward order.
+"""The reconstruction of a calibrated model, unit by unit in forward order.
 
 Each unit is fitted to the floating-point model's output, on inputs from the finished, deterministic quantized model.
-What is done is kept in a folder: a run that is killed goes on there and ends with the same numbers.
+Finished units are kept in a folder, where a run that was killed goes on; it ends with the same numbers.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 from tqdm import tqdm
 
 from ahcptq_jax.architectures import architecture_of
@@ -43,10 +44,10 @@ from sam_flax.stages import EMBEDDED, check_order, dead_after, joined
 
 @dataclasses.dataclass(frozen=True)
 class UnitReport:
-    """How the reconstruction of a unit went.
+    """The report of one unit's reconstruction.
 
     Attributes:
-        name: of the unit.
+        name: the unit's.
         before: error of the calibrated unit on its inputs, averaged over the calibration images (see
             `units.reconstruction_error`); its groups of channels are those of the start.
         after: error of the finished unit.
@@ -63,8 +64,8 @@ def reconstruct(
     sam: Any,
     params: Params,
     quantized: Quantized,
-    images: Sequence[np.ndarray],
-    boxes: Sequence[np.ndarray],
+    images: Sequence[Float32[np.ndarray, "s s 3"]],
+    boxes: Sequence[Float32[np.ndarray, "p 4"]],
     config: ReconstructionConfig,
     *,
     target: QuantConfig | None = None,
@@ -78,9 +79,9 @@ def reconstruct(
         sam: the module.
         params: the floating-point parameters that were quantized, after all transforms: `Calibrated.params`.
         quantized: the calibrated model. For CAG's progressive grouping, calibrate with `groups=0`.
-        images: calibration canvases (S, S, 3), normalised and padded.
-        boxes: for each image, prompts (P, 4) in canvas pixels; P is the same for all.
-        config: how to learn.
+        images: the calibration canvases, normalised and padded.
+        boxes: for each image its prompts, equally many for all, in canvas pixels.
+        config: the settings of the reconstruction.
         target: the configuration to end with, whose `groups` the channels are brought down to; by default that of
             `quantized`. Only `groups`, `group_metric` and `grid_bits` may differ.
         progress: shows a bar on stderr.
@@ -170,7 +171,7 @@ def _check_parameters(params: Params, quantized: Quantized) -> None:
 
 
 class _Run:
-    """What one call of `reconstruct` carries from unit to unit."""
+    """The state that one call of `reconstruct` carries from unit to unit."""
 
     def __init__(
         self,
@@ -194,27 +195,27 @@ class _Run:
         self.prepare = objective_named(config.objective)
 
     def gather(self, rows: Iterable[Sequence[Any]], count: int, share: float) -> Args:
-        """See `units.gather`; `share` of the memory budget is theirs."""
+        """The stacked rows, see `units.gather`; they may take a `share` of the memory budget."""
         return gather(rows, count, int(self.config.memory_budget * share), self.folder.folder)
 
     def original(self, unit: Unit) -> Callable[[Args], Any]:
-        """The floating-point unit: a row of inputs -> its output."""
+        """The floating-point unit as a function from a row of inputs to its output."""
         return partial(run_unit, unit.operation, unflatten(unit.own(self.floating)), {}, {})
 
     def current(self, unit: Unit) -> Callable[[Args], Any]:
-        """The quantized unit: a row of inputs -> its output."""
+        """The quantized unit as a function from a row of inputs to its output."""
         # With room for all groups, so that units with more and fewer of them are one program.
         quantizers = {site: learning.padded(q) for site, q in unit.own(self.activations).items()}
         own = unflatten(unit.own(self.remainder))
         return partial(run_unit, unit.operation, own, unit.own(self.weights), quantizers)
 
     def error(self, unit: Unit, data: Dataset) -> float:
-        """Of the quantized unit, averaged over the images."""
+        """The error of the quantized unit, averaged over the images."""
         run, rows = self.current(unit), zip(_rows(data.quantized), data.target, strict=True)
         return float(np.mean([reconstruction_error(unit, np.asarray(run(a)), t) for a, t in rows]))
 
     def state(self, unit: Unit, before: float = 0.0, after: float = 0.0) -> UnitState:
-        """What the quantized model has of a unit now."""
+        """The part of the quantized model that belongs to a unit, as it is now."""
         return UnitState(unit.own(self.weights), unit.own(self.activations), before, after)
 
     def take(self, unit: Unit, state: UnitState) -> None:

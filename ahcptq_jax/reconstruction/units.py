@@ -1,6 +1,6 @@
-"""What flows into and out of the units that reconstruction works on, one after the other.
+"""The inputs and outputs of the units that reconstruction works on, one after the other.
 
-What the units of a model are, its architecture says. A unit is run as a function of its own parameters, so units of one
+The architecture says what the units of a model are. A unit is run as a function of its own parameters, so units of one
 shape are the same function and share a compilation.
 """
 
@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
 
 from ahcptq_jax.architectures import architecture_of
 from ahcptq_jax.architectures.base import GRANULARITIES as GRANULARITIES
@@ -50,9 +51,9 @@ def run_unit(
     params: Params,
     weights: dict[str, QuantizedWeight],
     activations: dict[str, Quantizer],
-    args: tuple[jax.Array, ...],
-) -> jax.Array:
-    """A unit's output; without weights and activations, that of the floating-point unit."""
+    args: tuple[Shaped[Array, "..."], ...],
+) -> Float[Array, "..."]:
+    """The output of a quantized unit; without weights and activations, that of the floating-point unit."""
 
     def handle(path: str, value: Any) -> Any:
         return activations[path].fake_quant(value) if path in activations else value
@@ -61,6 +62,7 @@ def run_unit(
         return operation(with_decoded(params, weights), *args)
 
 
+# The inputs and the output of modules, by path.
 Captured = dict[str, tuple[tuple[jax.Array, ...], jax.Array]]
 
 
@@ -72,16 +74,16 @@ def capture_decoder(
     weights: dict[str, QuantizedWeight],
     activations: dict[str, Quantizer],
     embedding: Any,
-    boxes: jax.Array,
+    boxes: Float[Array | np.ndarray, "p 4"],
     *,
     names: tuple[str, ...],
 ) -> Captured:
-    """Runs prompts through the decoder and keeps what passes the modules `names`.
+    """Runs prompts through the decoder and keeps the inputs and outputs of the modules `names`.
 
     Args:
-        params: of the prompt encoder and the mask decoder, less the kernels in `weights`.
-        embedding: of one image, (1, g, g, C) where there is but one output.
-        boxes: (P, 4) in canvas pixels.
+        params: the prompt encoder's and the mask decoder's, without the kernels in `weights`.
+        embedding: one image's, (1, g, g, C) if the encoder has one output.
+        boxes: the prompts in canvas pixels.
 
     Returns:
         The inputs (each (P, T, C)) and the output of each of the modules.
@@ -105,7 +107,7 @@ def capture_decoder(
 def gather(rows: Iterable[Sequence[Any]], count: int, budget: int, directory: Path | None) -> Args:
     """Stacks `count` rows of arrays, in memory or, above `budget` bytes, on disk.
 
-    The files have no name: they go away with the arrays, however the process ends.
+    The files have no name, so that they go away with the arrays however the process ends.
 
     Args:
         rows: each the same number of arrays, of the same shapes in every row.
@@ -142,13 +144,13 @@ def _on_disk(directory: Path | None, shape: tuple[int, ...], dtype: type) -> np.
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What a unit sees and should give, one row per calibration image.
+    """The inputs and the wanted output of a unit, one row per calibration image.
 
     Attributes:
         quantized: its inputs in the quantized model, each (N, b, ...); b counts the prompts in the decoder, else 1.
         original: the same in the floating-point model.
         target: its output there, (N, b, ...).
-        context: what the objective looks at besides, each (N, b, ...).
+        context: further arrays that the objective looks at, each (N, b, ...).
     """
 
     quantized: Args
@@ -186,8 +188,8 @@ class Feeder:
         self.chunk = max(1, min(chunk, budget // (row * batch))) if data.on_disk else chunk
         self._limit = min(len(data), self.chunk * batch)
 
-    def __call__(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
-        """Rows wanted, int (chunk, batch) -> (arrays (M, b, ...), places of the same shape)."""
+    def __call__(self, rows: Int[np.ndarray, "chunk batch"]) -> tuple[Any, Int[np.ndarray, "chunk batch"]]:
+        """The arrays (M, b, ...) that hold the wanted rows, and the place of each wanted row in them."""
         if self._whole is not None:
             return self._whole, rows
         wanted, places = np.unique(rows, return_inverse=True)
@@ -196,6 +198,9 @@ class Feeder:
         return jax.tree.map(lambda a: jnp.asarray(a[wanted]), self._data.arrays), places.reshape(rows.shape)
 
 
-def reconstruction_error(unit: Unit, output: np.ndarray, target: np.ndarray) -> float:
-    """`mean(sum_over_loss_axis((output - target)^2))`, official `lp_loss`, whatever the objective is."""
+def reconstruction_error(unit: Unit, output: Float[np.ndarray, "*shape"], target: Float[np.ndarray, "*shape"]) -> float:
+    """The error that reports show, whatever the objective is: `mean(sum_over_loss_axis((output - target)^2))`.
+
+    Source: official `lp_loss`.
+    """
     return float(np.square(output - target).sum(unit.loss_axis).mean())

@@ -1,7 +1,7 @@
-"""The interface of a transform, (parameters, what it may look at) -> parameters, and the registry of them.
+"""The interface of transforms, which rewrite the parameters before they are quantized, and the registry of them.
 
-A recipe names its transforms in order. Each rewrites the floating-point parameters before they are quantized;
-calibration, the search of weights and reconstruction all see the rewritten ones, and the artefact records the names.
+A recipe names its transforms in order. Each returns new floating-point parameters of the same function. Calibration,
+the search of weights and reconstruction all see the rewritten ones, and the artefact records the names.
 A new transform is a file here that ends in `register(...)`.
 """
 
@@ -10,30 +10,31 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from ahcptq_jax.architectures import Architecture
 from sam_flax.errors import InputError
 from sam_flax.sam import Params
 
-# What a transform can need besides the parameters. Embeddings are those of the parameters that it is given.
+# What a transform can need besides the parameters. Embeddings are computed with the parameters that it is given.
 NEEDS = ("embeddings",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a transform may look at.
+    """Everything besides the parameters that a transform may look at.
 
     Attributes:
-        architecture: of the model.
+        architecture: the model's.
         sam: the module.
         embeddings: the encoder's output for each calibration image, for a transform that needs them; else none.
-        boxes: for each calibration image the prompts (P, 4) in canvas pixels.
+        boxes: for each calibration image its prompts, in canvas pixels.
     """
 
     architecture: Architecture
     sam: Any
     embeddings: Sequence[Any] = ()
-    boxes: Sequence[np.ndarray] = ()
+    boxes: Sequence[Float32[np.ndarray, "p 4"]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Transform:
     """A rewriting of floating-point parameters.
 
     Attributes:
-        name: what recipes and artefacts call it, with its argument: "bimodal", "harder:1.0".
+        name: the name in recipes and artefacts, with its argument: "bimodal", "harder:1.0".
         apply: returns new parameters and leaves those that it is given alone.
         needs: names of `NEEDS` that the context must hold.
     """
@@ -62,9 +63,9 @@ def register(name: str, make: Callable[[str], Transform]) -> None:
     """Makes a transform known.
 
     Args:
-        name: what stands before the colon in a recipe.
-        make: the text behind the colon, "" where there is none -> the transform; raises InputError for a text that it
-            cannot read.
+        name: the text before the colon in a recipe.
+        make: returns the transform, given the text behind the colon ("" where there is none); raises InputError for a
+            text that it cannot read.
     """
     _TRANSFORMS[name] = make
 

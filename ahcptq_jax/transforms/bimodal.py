@@ -1,6 +1,6 @@
 """BIG: detection of bimodal key projections, and the sign flips that make them unimodal (PTQ4SAM).
 
-Runs once per layer before calibration, on the host: a kernel density of one tensor is no work for an accelerator.
+It runs once per layer before calibration, on the host, because the kernel density of one tensor is little work.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.signal
+from jaxtyping import Array, Float, Float32, Float64, Int, PyTree, Shaped
 
 from ahcptq_jax.architectures import Architecture
 from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
@@ -32,14 +33,14 @@ class Density:
     """Kernel density of a tensor's values.
 
     Attributes:
-        grid: ``(GRID_POINTS,)`` values from the smallest to the largest.
-        density: ``(GRID_POINTS,)`` estimated density there.
+        grid: values from the smallest to the largest.
+        density: the estimated density there.
         peaks: indices into ``grid`` of the peaks found.
     """
 
-    grid: np.ndarray
-    density: np.ndarray
-    peaks: np.ndarray
+    grid: Float64[np.ndarray, " points"]
+    density: Float64[np.ndarray, " points"]
+    peaks: Int[np.ndarray, " peaks"]
 
     @property
     def is_bimodal(self) -> bool:
@@ -47,11 +48,11 @@ class Density:
         return len(self.peaks) == 2
 
 
-def estimate_density(values: Any, max_samples: int | None = MAX_SAMPLES) -> Density:
+def estimate_density(values: Float[Array | np.ndarray, "..."], max_samples: int | None = MAX_SAMPLES) -> Density:
     """Gaussian kernel density with Scott's bandwidth on 128 points, and its peaks.
 
     Args:
-        values: any shape; the official code passes the first calibration image's key projection.
+        values: the tensor; the official code passes the first calibration image's key projection.
         max_samples: above this many values an evenly spaced part of them is used (None: all); the bandwidth stays
             that of the full count, so that a larger tensor is not smoothed more.
 
@@ -76,13 +77,13 @@ def estimate_density(values: Any, max_samples: int | None = MAX_SAMPLES) -> Dens
     return Density(grid, density, peaks)
 
 
-def is_bimodal(values: Any, max_samples: int | None = MAX_SAMPLES) -> bool:
-    """Whether the values (any shape) have exactly two peaks; see ``estimate_density``."""
+def is_bimodal(values: Float[Array | np.ndarray, "..."], max_samples: int | None = MAX_SAMPLES) -> bool:
+    """Whether the values have exactly two peaks; see ``estimate_density``."""
     return estimate_density(values, max_samples).is_bimodal
 
 
-def channel_signs(channel_mean: Any) -> np.ndarray:
-    """float32 signs that make every channel's mean non-negative: -1 where it is negative, else 1, ``(C,)``.
+def channel_signs(channel_mean: Float[Array | np.ndarray, " c"] | Sequence[float]) -> Float32[np.ndarray, " c"]:
+    """The signs that make every channel's mean non-negative: -1 where it is negative, else 1.
 
     (The official sign of a mean of exactly zero is zero, which would erase the channel.)
     """
@@ -90,14 +91,16 @@ def channel_signs(channel_mean: Any) -> np.ndarray:
 
 
 def flip_signs(
-    q_params: Mapping[str, Any], k_params: Mapping[str, Any], channel_mean: Any
+    q_params: Mapping[str, Any],
+    k_params: Mapping[str, Any],
+    channel_mean: Float[Array | np.ndarray, " c"] | Sequence[float],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Flips the output channels of both projections whose key mean is negative; q.k is unchanged.
 
     Args:
         q_params: ``{"kernel": (in, C), "bias": (C,)}`` of the query projection; the bias may be absent.
         k_params: the same of the key projection.
-        channel_mean: ``(C,)`` mean of each output channel of the key projection.
+        channel_mean: mean of each output channel of the key projection.
 
     Returns:
         New ``q_params`` and ``k_params``; the arguments are left alone.
@@ -121,8 +124,10 @@ def flip_signs(
 
 @partial(jax.jit, static_argnames=("sam", "pattern"))
 @in_float32
-def _keys_of(sam: Any, pattern: str, params: Params, embedding: Any, boxes: jax.Array) -> dict[str, jax.Array]:
-    """Keys (N, T, channels of k_proj) of the attentions that the pattern names, by their paths."""
+def _keys_of(
+    sam: Any, pattern: str, params: Params, embedding: PyTree[Float[Array, "..."]], boxes: Float[Array, "n 4"]
+) -> dict[str, Float[Array, "n t c"]]:
+    """Keys of the attentions that the pattern names, by their paths; their channels are those of k_proj."""
     captured: dict[str, jax.Array] = {}
 
     def capture(path: str, value: Any) -> Any:
@@ -137,7 +142,11 @@ def _keys_of(sam: Any, pattern: str, params: Params, embedding: Any, boxes: jax.
 
 
 def unify_keys(
-    architecture: Architecture, sam: Any, params: Params, embeddings: Sequence[Any], boxes: Sequence[np.ndarray]
+    architecture: Architecture,
+    sam: Any,
+    params: Params,
+    embeddings: Sequence[PyTree[Shaped[np.ndarray, "..."]]],
+    boxes: Sequence[Float32[np.ndarray, "p 4"]],
 ) -> tuple[Params, list[str]]:
     """BIG: flips the signs of bimodal keys and of their queries (paper section on BIG).
 
@@ -145,11 +154,11 @@ def unify_keys(
     means come from all images.
 
     Args:
-        architecture: whose `bimodal` attentions are looked at.
+        architecture: the model's; its `bimodal` names the attentions that are looked at.
         sam: the module.
         params: its floating-point parameters.
-        embeddings: of the calibration images.
-        boxes: for each image (P, 4) prompts in canvas pixels.
+        embeddings: the encoder's outputs for the calibration images.
+        boxes: for each image its prompts, in canvas pixels.
 
     Returns:
         Equivalent parameters, and the attentions that were flipped.
@@ -158,7 +167,7 @@ def unify_keys(
         return params, []
     decoder = architecture.decoder(params)
     first: dict[str, jax.Array] = {}
-    means: dict[str, np.ndarray] = {}
+    means: dict[str, Any] = {}
     for embedding, prompts in zip(embeddings, boxes, strict=True):
         found = _keys_of(sam, architecture.bimodal, decoder, jax.tree.map(jnp.asarray, embedding), jnp.asarray(prompts))
         first = first or found

@@ -38,10 +38,10 @@ def make_harder(params: Params, config: Any, strength: float, seed: int = 0) -> 
     """Parameters of the same function with uneven channels and bimodal keys.
 
     Args:
-        params: of a model.
-        config: of the same model.
+        params: the model's.
+        config: the model's.
         strength: 0 changes nothing; 1 spreads gains over about two octaves each way. At most 4.
-        seed: of gains, offsets and signs.
+        seed: decides gains, offsets and signs.
 
     Raises:
         InputError: if the strength is out of range.

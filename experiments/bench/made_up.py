@@ -21,7 +21,7 @@ def random_quantized(config: SamConfig, params: dict[str, Any], quant_config: Qu
     flat, weights, activations = flatten(params), {}, {}
     for site, channels in quantizable_sites(config, parameter_shapes(config)).items():
         layer, width = weight_path(site), channels or 1
-        made = _made_up(site_kind(site, quant_config) or "uniform", width, quant_config.a_bits)
+        made = _made_up(site_kind(site, quant_config, "sam_vit") or "uniform", width, quant_config.a_bits)
         grid = quant_config.grid_bits
         activations[site] = kind_of(made).on_grid(made, grid) if grid else made
         if layer:

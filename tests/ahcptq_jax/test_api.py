@@ -288,7 +288,7 @@ def test_bytes(tiny, w4a4):
 
 def test_every_site_has_the_recipes_kind(w4a4):
     for path, quantizer in w4a4.activations.items():
-        assert type(quantizer) is KINDS[site_kind(path, W4A4)], path
+        assert type(quantizer) is KINDS[site_kind(path, W4A4, "sam_vit")], path
         assert quantizer.validate().bits == 4, path
         if isinstance(quantizer, Grouped):
             assert len(quantizer.scale) == 4, path
@@ -355,7 +355,7 @@ def test_attention_map_of_drawn_rows(with_bias):
     rng, key = np.random.default_rng(0), jax.random.key(3)
     q, k, v = jnp.asarray(rng.normal(0, 1, (3, 2, 12, 8)), jnp.float32)
     biases = tuple(jnp.asarray(rng.normal(0, 1, (2, 12, n)), jnp.float32) for n in (3, 4)) if with_bias else ()
-    run = jax.jit(statistics.attention_map, static_argnums=1)
+    run = jax.jit(partial(statistics.attention_map, sam_vit.SAM_VIT), static_argnums=1)
     whole, values = (np.asarray(a) for a in run((q, k, v, *biases), 12, key))
     some, same_values = run((q, k, v, *biases), 5, key)
     assert whole.shape == (2, 12, 12)
@@ -403,7 +403,7 @@ def test_ranges_are_the_mean_extremes_of_the_float_model(tiny, seen):
     sam, params = tiny
     config = dataclasses.replace(MINMAX, a_bits=8)
     found = quantize(params, pictures(), config, sam=sam).activations
-    assert set(found) == {path for path in seen[0] if site_kind(path, config) is not None}
+    assert set(found) == {path for path in seen[0] if site_kind(path, config, "sam_vit") is not None}
     for path, quantizer in found.items():
         low, high = np.mean([(float(values[path].min()), float(values[path].max())) for values in seen], axis=0)
         wanted = Uniform.from_range(low, high, 8)

@@ -76,7 +76,7 @@ def model(request):
 
 def test_every_site_gets_the_kind_of_the_method_and_nothing_else_is_quantized(model):
     config, sites = model
-    found = {site: kind for site in sites if (kind := site_kind(site, QuantConfig())) is not None}
+    found = {site: kind for site in sites if (kind := site_kind(site, QuantConfig(), "sam_vit")) is not None}
     assert found == expected_kinds(config)
     left = {site for site in sites if site not in found}
     # Attention's operands are no tensors of their own; the rest stays in floating point.
@@ -144,7 +144,7 @@ def test_big_looks_at_the_attentions_from_tokens_to_the_image(model):
 def test_a_switch_turns_its_kind_into_uniform(switches, replaced):
     config = QuantConfig(**switches)
     for site, kind in expected_kinds(CONFIGS["mini"]).items():
-        assert site_kind(site, config) == ("uniform" if kind in replaced else kind), site
+        assert site_kind(site, config, "sam_vit") == ("uniform" if kind in replaced else kind), site
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_switch_turns_its_kind_into_uniform(switches, replaced):
     ],
 )
 def test_other_paths_stay_in_floating_point(path):
-    assert site_kind(path, QuantConfig()) is None
+    assert site_kind(path, QuantConfig(), "sam_vit") is None
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def test_a_made_up_model_is_one_that_files_take(sam_tiny, tmp_path):
     made = random_quantized(config, params)
     assert {p.removesuffix("/input") for p in made.activations} >= set(made.weights) > set()
     kinds = {type(quantizer).__name__.lower() for quantizer in made.activations.values()}
-    assert kinds == {site_kind(site, W4A4) for site in made.activations}
+    assert kinds == {site_kind(site, W4A4, "sam_vit") for site in made.activations}
     made.save(tmp_path / "made.safetensors")
     loaded = ahcptq_jax.load(tmp_path / "made.safetensors", config)
     jax.tree.map(np.testing.assert_array_equal, made, loaded)

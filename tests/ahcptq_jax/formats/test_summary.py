@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from ahcptq_jax.architectures.sam_vit import SAM_VIT, SamVit
 from ahcptq_jax.formats.summary import _by_number
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2
 
@@ -56,3 +57,12 @@ def test_the_table_has_a_line_for_each_row_and_the_total(tiny_quantized):
 def test_blocks_are_in_the_order_of_their_numbers():
     names = ["blocks_9/attn", "blocks_10/attn", "blocks_2/mlp", "blocks_2/attn/q", "blocks_2/attn"]
     assert sorted(names, key=_by_number) == [*names[:1:-1], *names[:2]]
+
+
+def test_sites_that_no_rule_names_are_listed(tiny_quantized, monkeypatch):
+    assert tiny_quantized.summary().unnamed == () and "No rule" not in str(tiny_quantized.summary())
+    rules = tuple(rule for rule in SAM_VIT.rules if not rule.pattern.endswith("conv[12]/input"))
+    monkeypatch.setattr(SamVit, "rules", rules)
+    summary = tiny_quantized.summary()
+    assert sorted(summary.unnamed) == ["image_encoder/neck/conv1/input", "image_encoder/neck/conv2/input"]
+    assert all(site in str(summary).splitlines()[-1] for site in summary.unnamed)

@@ -108,7 +108,7 @@ def calibrate(sam, params, images, boxes, bits=BITS):
     activations = {}
     for path in low:
         a, b = low[path].min(), high[path].max()
-        match site_kind(path, START):
+        match site_kind(path, START, "sam_vit"):
             case "uniform":
                 activations[path] = Uniform.from_range(a, b, 4)
             case "grouped":

@@ -94,7 +94,7 @@ def _quantized(sam: Sam) -> Quantized:
         jax.eval_shape(lambda p, i, b: sam.apply({"params": p}, i, boxes=b), params, *inputs)
     activations: dict[str, Quantizer] = {}
     for path in sites:
-        kind = site_kind(path, W4A4)
+        kind = site_kind(path, W4A4, "sam_vit")
         if kind == "hybrid":
             activations[path] = Hybrid.from_range(-0.2, 2.0, 0.3, 0.25, 4)
         elif kind == "log2":
