@@ -107,6 +107,9 @@ class AttentionCodes(Protocol):
     def decode(self, site: str, level: jax.Array) -> jax.Array:
         """The values that the levels stand for."""
 
+    def across(self, k: jax.Array) -> jax.Array:
+        """Levels of keys (..., N, d) as `attend` takes them, (..., d, N); do it outside of loops over queries."""
+
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, *biases: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Levels (..., M, d), (..., d, N), (..., N, d) -> output (..., M, d), codes of the map (..., M, N)."""
 

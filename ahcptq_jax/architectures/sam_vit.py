@@ -213,14 +213,6 @@ def _differences(given: SamConfig, found: SamConfig) -> dict[str, tuple[Any, Any
     return {name: (value, other[name]) for name, value in one.items() if value != other[name]}
 
 
-def _across(keys: jax.Array) -> jax.Array:
-    """Keys (..., N, d) as the right operand (..., d, N) of their product.
-
-    The barrier keeps XLA from a product of rows by rows, which it has for int32 alone on CPUs: four times slower.
-    """
-    return jax.lax.optimization_barrier(jnp.swapaxes(keys, -1, -2))
-
-
 def _encoder_attention(module: vit.Attention, codes: AttentionCodes, x: jax.Array) -> jax.Array:
     """`vit.Attention.__call__` on codes."""
     grid = (x.shape[1], x.shape[2])
@@ -234,7 +226,7 @@ def _encoder_attention(module: vit.Attention, codes: AttentionCodes, x: jax.Arra
         return (out, of_map.astype(jnp.uint8)) if codes.recording else (out,)
 
     biases = vit.relative_biases(codes.decode("q", q), module.rel_pos_h, module.rel_pos_w, (h, w))
-    out, *of_map = vit.attend_in_parts(attend, q, _across(k), v, *biases)
+    out, *of_map = vit.attend_in_parts(attend, q, codes.across(k), v, *biases)
     if codes.recording:
         codes.record("softmax", of_map[0])
     out = out.reshape(-1, module.num_heads, h, w, out.shape[-1]).transpose(0, 2, 3, 1, 4)
@@ -248,7 +240,7 @@ def _decoder_attention(
     separate = module.separate_heads
     values = separate(module.q_proj(q)), separate(module.k_proj(k)), separate(module.v_proj(v))
     q, k, v = (codes.encode(name, a) for name, a in zip("qkv", values, strict=True))
-    out, of_map = codes.attend(q, _across(k), v)
+    out, of_map = codes.attend(q, codes.across(k), v)
     codes.record("softmax", of_map)
     return module.out_proj(out.transpose(0, 2, 1, 3).reshape(out.shape[0], out.shape[2], -1))
 

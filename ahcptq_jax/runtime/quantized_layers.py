@@ -105,6 +105,9 @@ class _AttentionCodes:
     def decode(self, site: str, level: jax.Array) -> jax.Array:
         return self.sites[site].decode(level)
 
+    def across(self, k: jax.Array) -> jax.Array:
+        return products.across(self.sites["k"], k)
+
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, *biases: jax.Array) -> tuple[jax.Array, jax.Array]:
         return products.attend(self.sites, q, k, v, biases, self.carrier)
 
