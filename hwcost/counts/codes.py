@@ -146,10 +146,10 @@ def pooled(sites: Mapping[str, Histogram], source: str) -> AssumedCodes:
 
 @functools.cache
 def mini_codes() -> AssumedCodes:
-    """The pooled codes of the shipped MINI at W4A4; the file names the command that measured them."""
+    """The pooled codes of mini-scenes, a small SAM, at W4A4; the file names the command that measured them."""
     name = "mini_w4a4_codes.json"
     with importlib.resources.as_file(importlib.resources.files("hwcost") / "data" / name) as path:
-        return pooled(load_histograms(path), f"codes of MINI at W4A4 on generated scenes (hwcost/data/{name}), pooled")
+        return pooled(load_histograms(path), f"codes of mini-scenes at W4A4 on its scenes (hwcost/data/{name}), pooled")
 
 
 def histograms(sites: Mapping[str, Any]) -> dict[str, Histogram]:

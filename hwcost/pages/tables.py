@@ -124,7 +124,7 @@ def sensitivity_rows(study: Study, limit: int = TOP) -> list[list[str]]:
                 else ["-", "-"]
             )
         value = f"{c.value:g} {'' if c.unit == '1' else c.unit}".strip() if c else "-"
-        rows.append([name, value, c.status if c else "measured on MINI", *cells])
+        rows.append([name, value, c.status if c else "measured on mini-scenes", *cells])
     return rows
 
 
