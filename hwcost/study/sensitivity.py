@@ -115,7 +115,7 @@ def code_sensitivities(
     def gains(assumed: AssumedCodes) -> tuple[float, float]:
         counts = count(
             method.counts.sam_config, quant_config,
-            prompts=method.counts.prompts, float_bits=method.counts.float_bits, assumed=assumed,
+            prompts=method.counts.prompts, float_bits=method.counts.float_bits, grid_bits=0, assumed=assumed,
         )  # fmt: skip
         result = estimate(counts, method.design, accelerator, values)
         return float((fp.seconds / result.seconds)[0]), float((fp.total_joules / result.total_joules)[0])

@@ -93,7 +93,9 @@ def test_a_saved_artefact_scores_the_same_without_calibration(
     monkeypatch.setattr(plan, "calibration_set", never)
     artefact = str(job[0] / "quantized.safetensors")
     # Its bits are the file's, not the flags'.
-    options = Options(artefact=artefact, w_bits=8, num_scenes=4, blank=False, out=str(tmp_path))
+    options = Options(
+        checkpoint="mini-scenes", artefact=artefact, w_bits=8, num_scenes=4, blank=False, out=str(tmp_path)
+    )
     results, first = one_run.run(options), json.loads((job[0] / "results.json").read_text())
     for key in ("quantized", "agreement_mIoU", "bytes", "quant_config"):
         assert json.loads(json.dumps(results[key])) == first[key]
@@ -157,7 +159,7 @@ def test_a_harder_model_scores_the_same(job: tuple[Path, str], tmp_path: Path, m
         return made[-1][1]
 
     monkeypatch.setattr(plan, "make_harder", noting)
-    options = Options(method="fp", harder=1.0, num_scenes=4, blank=False, out=str(tmp_path))
+    options = Options(checkpoint="mini-scenes", method="fp", harder=1.0, num_scenes=4, blank=False, out=str(tmp_path))
     found = one_run.run(options, with_report=False)["fp"]
     ((before, after),) = made
     bias = ("image_encoder", "blocks_0", "norm1", "bias")

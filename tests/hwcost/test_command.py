@@ -38,7 +38,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("hwcost")
     ran = run(
-        "--model=mini",
+        "--model=mini-scenes",
         "--flagfile=w4a4.flags",
         "--groups=2",
         "--device=zcu102",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ahcptq_jax.api import quantize_model
+from ahcptq_jax.architectures import architecture_named
 from ahcptq_jax.calibration import passes
 from ahcptq_jax.calibration import weights as weights_module
 from ahcptq_jax.calibration.cache import StatisticsCache
@@ -188,7 +189,7 @@ def program(rule: SiteRule, config: QuantConfig) -> str:
     state = init_statistics(rule, shape, config)
 
     def update(state: Any, captured: Any, params: Any, key: Any) -> Any:
-        return update_statistics(state, rule, captured, params, key, config)
+        return update_statistics(state, rule, captured, params, key, config, architecture_named("sam_vit"))
 
     closed = jax.make_jaxpr(update)(state, captured, params, jax.random.key(0))
     return f"{jax.tree.structure(state)} {closed.jaxpr} {[np.asarray(c).tolist() for c in closed.consts]}"

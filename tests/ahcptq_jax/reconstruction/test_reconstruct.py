@@ -200,11 +200,12 @@ def test_blocks_of_one_kind_are_one_operation():
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_units_in_turn_are_the_encoder(sam, params, images, granularity):
-    x = sam.apply({"params": params}, images[0][None], method=lambda m, i: m.image_encoder.patch_embed(i))
+    image = jnp.asarray(images[0][None])
+    x = sam.apply({"params": params}, image, method=lambda m, i: m.image_encoder.patch_embed(i))
     x = x + params["image_encoder"]["pos_embed"]
     for unit in encoder_units(sam, granularity):
         x = run_unit(unit.operation, unflatten(unit.own(flatten(params))), {}, {}, (x,))
-    expected = jax.jit(lambda p, i: sam.apply({"params": p}, i, method="encode_image"))(params, images[0][None])
+    expected = jax.jit(lambda p, i: sam.apply({"params": p}, i, method="encode_image"))(params, image)
     np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -91,9 +91,9 @@ def wait_for(out: Path, images: int) -> None:
 
 def test_two_runs_into_one_folder_and_an_interrupt(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = start("--num_scenes=400", f"--out={out}")
+    first = start("--num_scenes=2000", f"--out={out}")
     wait_for(out, 1)
-    second = start("--num_scenes=400", f"--out={out}")
+    second = start("--num_scenes=2000", f"--out={out}")
     _, told = second.communicate(timeout=300)
     assert second.returncode == FAILED and "Traceback" not in told
     assert told.strip().splitlines()[-1].startswith(f"Error: Another run is writing to --out={out}")

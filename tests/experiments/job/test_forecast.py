@@ -38,7 +38,7 @@ def test_the_main_job_is_forecast_within_its_measured_time() -> None:
     """A kept run of 200 scenes took 12 s to evaluate and 96 s to quantize on two processors of 58 GMAC/s."""
     line = next(
         record
-        for record in map(json.loads, (ROOT / "results" / "mini.jsonl").read_text().splitlines())
+        for record in map(json.loads, (ROOT / "results" / "mini_scenes.jsonl").read_text().splitlines())
         # Of a sweep, the runs that shared nothing with one before.
         if record["config"]["iterations"] == 200 and record["seconds"]["evaluate_fp"] > 5
     )
@@ -63,10 +63,10 @@ def test_a_dry_run_writes_nothing_and_says_what_is_kept(tmp_path: Path) -> None:
 
 def test_a_sweeps_dry_run_counts_what_is_missing(tmp_path: Path) -> None:
     settings = sweep.parse_settings("ahcptq,minmax", "44,88")
-    base = Options(iterations=200, blank=False, num_scenes=200)
-    told = sweep.dry_run(base, settings, 1, tmp_path, ROOT / "results" / "mini.jsonl", "keep", bars=False)
+    base = Options(checkpoint="mini-scenes", grid_bits=0, iterations=200, blank=False, num_scenes=200)
+    told = sweep.dry_run(base, settings, 1, tmp_path, ROOT / "results" / "mini_scenes.jsonl", "keep", bars=False)
     assert told.startswith("2 of 4 runs are missing") and "ahcptq_w8a8_s0" in told and "ahcptq_w4a4_s0" not in told
-    told = sweep.dry_run(base, settings, 1, tmp_path, ROOT / "results" / "mini.jsonl", "repeat", bars=False)
+    told = sweep.dry_run(base, settings, 1, tmp_path, ROOT / "results" / "mini_scenes.jsonl", "repeat", bars=False)
     assert told.startswith("4 of 4 runs are missing")
     assert not list(tmp_path.iterdir())
 

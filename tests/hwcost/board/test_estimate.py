@@ -25,7 +25,7 @@ MAC = Design(element="mac", bits=4, float_bits=16)
 
 @pytest.fixture(scope="module")
 def mini() -> Counts:
-    return hwcost.count(MINI, W4A4, float_bits=16)
+    return hwcost.count(MINI, W4A4, float_bits=16, grid_bits=0)
 
 
 @pytest.fixture(scope="module")

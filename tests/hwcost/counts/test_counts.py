@@ -26,6 +26,7 @@ from sam_flax.errors import InputError
 from sam_flax.sam import Sam
 
 # Two kinds of block and the padding of windows that do not divide the grid, in a graph that traces in seconds.
+PAPER = dataclasses.replace(W4A4, grid_bits=0)  # the paper's own form, off the grid
 SMALL = dataclasses.replace(VIT_B, img_size=320, depth=2, global_attn_indexes=(1,))
 PROMPTS = 2
 
@@ -112,7 +113,7 @@ def test_macs_of_the_official_sizes(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(scope="module")
 def quantized() -> Counts:
-    return hwcost.count(VIT_B, W4A4)
+    return hwcost.count(VIT_B, PAPER)
 
 
 def test_every_product_is_done_in_exactly_one_way(quantized: Counts) -> None:
@@ -153,29 +154,29 @@ def test_parameters_are_those_that_a_box_prompt_reads() -> None:
 
 
 def test_groups_cost_rescales_and_qparams_and_nothing_else() -> None:
-    one, four = (hwcost.count(MINI, dataclasses.replace(W4A4, groups=g)).totals() for g in (1, 4))
+    one, four = (hwcost.count(MINI, dataclasses.replace(PAPER, groups=g)).totals() for g in (1, 4))
     assert four["rescales"] > one["rescales"] and four["qparam_bytes"] > one["qparam_bytes"]
     for name in ("macs", "shifts", "weight_bytes", "activation_bytes"):
         assert four[name] == one[name]
-    without = hwcost.count(MINI, dataclasses.replace(W4A4, cag=False)).totals()
+    without = hwcost.count(MINI, dataclasses.replace(PAPER, cag=False)).totals()
     assert without["rescales"] == one["rescales"]
 
 
 def test_a_measured_histogram_decides_between_shift_multiply_and_skip() -> None:
     site = "image_encoder/blocks_0/mlp/lin2/input"
     counts = (10, 20, 30, 0, 15) + (5,) * 5 + (0,) * 6  # four log codes: 60 shift, 15 zero, 25 multiply
-    measured = hwcost.count(MINI, W4A4, {site: Histogram(counts=counts, log_levels=4)})
+    measured = hwcost.count(MINI, PAPER, {site: Histogram(counts=counts, log_levels=4)})
     layer = next(x for x in measured.layers if x.path == "image_encoder/blocks_0/mlp/lin2")
     macs = layer.ops.macs
     assert (layer.ops.shifts, layer.ops.skipped, layer.ops.int_macs) == (60 * macs // 100, 15 * macs // 100, macs // 4)
     assert layer.ops.dual_adds == layer.ops.int_macs
     assert measured.measured_sites == 1
-    assumed = hwcost.count(MINI, W4A4)
+    assumed = hwcost.count(MINI, PAPER)
     assert measured.assumed_sites == assumed.assumed_sites - 1
     softmax = "image_encoder/blocks_0/attn/softmax"
     av = next(
         x
-        for x in hwcost.count(MINI, W4A4, {softmax: {"counts": [1] * 16, "tau": 4}}).layers
+        for x in hwcost.count(MINI, PAPER, {softmax: {"counts": [1] * 16, "tau": 4}}).layers
         if x.path == "image_encoder/blocks_0/attn/av"
     )
     assert av.accumulators == 4 and av.ops.skipped == av.ops.macs // 16 and av.ops.int_macs == 0
@@ -229,7 +230,7 @@ def test_widths_are_those_of_the_recipe_site_by_site() -> None:
         Rule(r"image_encoder/.*/mlp/lin2/input", kind="uniform", a_bits=8),
         Rule(r"image_encoder/neck/conv1/input", kind="float"),
     )
-    mixed = dataclasses.replace(W4A4, rules=rules)
+    mixed = dataclasses.replace(PAPER, rules=rules)
     layers = {layer.path: layer for layer in hwcost.count(MINI, mixed).layers}
     widths = {name: layers[path].width for name, path in (
         ("qkv", f"{block}/attn/qkv"), ("lin1", f"{block}/mlp/lin1"), ("lin2", f"{block}/mlp/lin2"),
@@ -266,4 +267,4 @@ def test_bad_arguments_get_one_sentence() -> None:
     with pytest.raises(ValueError, match="belongs to no"):
         hwcost.count(MINI, W4A4, {"image_encoder/blocks_9/attn/softmax": [1] * 16})
     with pytest.raises(ValueError, match="16 codes, not 2\\^5"):
-        hwcost.count(MINI, QuantConfig(w_bits=4, a_bits=5), {"image_encoder/blocks_0/attn/softmax": [1] * 16})
+        hwcost.count(MINI, dataclasses.replace(PAPER, a_bits=5), {"image_encoder/blocks_0/attn/softmax": [1] * 16})
