@@ -28,7 +28,6 @@ from sam_flax import SamPredictor
 from sam_flax.predictor import MaskModel
 
 WIDTH, HEIGHT = 240, 200  # of a picture on the sheet
-ACROSS = 3  # pictures in a row
 
 
 def place(picture: Image.Image) -> np.ndarray:
@@ -39,8 +38,8 @@ def place(picture: Image.Image) -> np.ndarray:
     return np.asarray(field)
 
 
-def make_sheet(dataset: CocoDataset, models: Sequence[MaskModel], count: int) -> Image.Image:
-    """The sheet of the first `count` pictures with objects, of at most eight of them, the largest."""
+def make_sheet(dataset: CocoDataset, models: Sequence[MaskModel], count: int, across: int) -> Image.Image:
+    """The sheet of the first `count` pictures with objects, `across` in a row, with their eight largest objects."""
     boxes = load_boxes("gt", dataset)
     shown = [item for item in dataset.items if len(boxes.per_image[item.image_id])][:count]
     predictors = [SamPredictor(model) for model in models]
@@ -58,8 +57,8 @@ def make_sheet(dataset: CocoDataset, models: Sequence[MaskModel], count: int) ->
             masks = predict_image(predictor, item, prompts).masks(largest.tolist())
             row.append(place(draw_masks(image, masks)))
         fields.append(np.concatenate(row, axis=1))
-    fields += [np.full_like(fields[0], 255)] * (-len(fields) % ACROSS)
-    rows = [np.concatenate(fields[i : i + ACROSS], axis=1) for i in range(0, len(fields), ACROSS)]
+    fields += [np.full_like(fields[0], 255)] * (-len(fields) % across)
+    rows = [np.concatenate(fields[i : i + across], axis=1) for i in range(0, len(fields), across)]
     return Image.fromarray(np.concatenate(rows))
 
 
@@ -72,7 +71,7 @@ def work() -> int:
     if FLAGS.artefact:
         models.append(load_model(FLAGS.checkpoint, FLAGS.artefact))
     options = Options(images=FLAGS.images, annotations=FLAGS.annotations, num_scenes=FLAGS.count)
-    make_sheet(evaluation_set(options, models[0].config), models, FLAGS.count).save(Path(FLAGS.out))
+    make_sheet(evaluation_set(options, models[0].config), models, FLAGS.count, FLAGS.across).save(Path(FLAGS.out))
     return 0
 
 
@@ -81,6 +80,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("annotations", "", "Its COCO instances file.")
     flags.DEFINE_string("checkpoint", "mini", "SAM weights.")
     flags.DEFINE_string("artefact", "", "The same, quantized.")
-    flags.DEFINE_integer("count", 24, "Pictures.")
+    flags.DEFINE_integer("count", 24, "Pictures.", lower_bound=1)
+    flags.DEFINE_integer("across", 3, "Pictures in a row.", lower_bound=1)
     flags.DEFINE_string("out", None, "The picture to write.", required=True)
     app.run(lambda argv: finish(argv, work))
