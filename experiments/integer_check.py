@@ -103,7 +103,7 @@ def check(quantized: Quantized, options: Options, plain: bool = True) -> Counts:
     items = [item for item in dataset.items if len(boxes[item.image_id])]
     for item, image in tqdm(coco.stream_images(dataset, items), total=len(items), desc="compare"):
         canvas, _ = preprocessing.prepare_image(image, quantized.config)
-        own = preprocessing.apply_boxes(boxes[item.image_id].boxes, image.shape[:2], quantized.config.img_size)
+        own = preprocessing.transform_of(quantized.config).apply_boxes(boxes[item.image_id].boxes, image.shape[:2])
         prompts = jnp.asarray(np.resize(own, (BOXES, 4)), jnp.float32)
         compare(quantized, jnp.asarray(canvas[None]), prompts, counts, plain)
     return counts

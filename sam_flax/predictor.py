@@ -9,7 +9,7 @@ import numpy as np
 from sam_flax import preprocessing
 from sam_flax.config import SegmenterConfig
 from sam_flax.errors import InputError
-from sam_flax.preprocessing import ResizeLongestSide
+from sam_flax.preprocessing import transform_of
 from sam_flax.sam import SamModel
 from sam_flax.segmenter import Params, Points, Segmenter
 
@@ -28,11 +28,11 @@ class MaskModel(Protocol):
     @property
     def config(self) -> SegmenterConfig: ...
 
-    def encode_image(self, images: jax.Array) -> jax.Array: ...
+    def encode_image(self, images: jax.Array) -> Any: ...
 
     def decode(
         self,
-        image_embeddings: jax.Array,
+        image_embeddings: Any,
         points: Points | None = None,
         boxes: jax.Array | None = None,
         masks: jax.Array | None = None,
@@ -63,12 +63,12 @@ class SamPredictor:
             assert params is not None
             model = SamModel(model, params)
         self.model: MaskModel = model
-        self.transform = ResizeLongestSide(model.config.img_size)
+        self.transform = transform_of(model.config)
         self.reset_image()
 
     def reset_image(self) -> None:
         """Forgets the current image."""
-        self.features: jax.Array | None = None
+        self.features: Any = None
         self.original_size: tuple[int, int] = (0, 0)
         self.input_size: tuple[int, int] = (0, 0)
 
@@ -108,7 +108,7 @@ class SamPredictor:
         self.reset_image()
         image = _check("transformed_image", transformed_image, (1, 3, None, None))[0].transpose(1, 2, 0)
         height, width = original_image_size
-        wanted = preprocessing.preprocess_shape(height, width, self.transform.target_length)
+        wanted = self.transform.canvas_size((height, width))
         if image.shape[:2] != wanted:
             raise InputError(
                 f"transformed_image is {image.shape[0]}x{image.shape[1]} pixels where an image of {height}x{width} is "
@@ -124,7 +124,8 @@ class SamPredictor:
 
     def get_image_embedding(self) -> np.ndarray:
         """The embedding of the current image in segment_anything's layout, (1, C, g, g)."""
-        return np.array(self._features()).transpose(0, 3, 1, 2)
+        features = self._features()
+        return np.array(getattr(features, "embedding", features)).transpose(0, 3, 1, 2)
 
     def predict(
         self,
@@ -246,8 +247,7 @@ class SamPredictor:
 
     def at_original_size(self, logits: np.ndarray) -> np.ndarray:
         """Low-resolution logits (..., 4g, 4g) at the size of the current image, (..., H, W) float32."""
-        size = self.model.config.img_size
-        return preprocessing.postprocess_masks(logits, self.input_size, self.original_size, size)
+        return self.transform.restore(logits, self.original_size)
 
     def _checked_points(
         self, coords: ArrayLike | None, labels: ArrayLike | None
@@ -287,9 +287,10 @@ class SamPredictor:
         for place, logits in zip(out, low, strict=True):
             full = self.at_original_size(logits)
             place[...] = full if return_logits else full > self.model.config.mask_threshold
-        return out, iou, low
+        limit = self.model.config.logit_limit
+        return out, iou, low if limit is None else np.clip(low, -limit, limit)
 
-    def _features(self) -> jax.Array:
+    def _features(self) -> Any:
         if self.features is None:
             raise RuntimeError("An image must be set with .set_image(...) before mask prediction.")
         return self.features

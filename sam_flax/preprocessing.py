@@ -78,7 +78,7 @@ def prepare_image(
     image: Any, config: CanvasConfig
 ) -> tuple[Float32[np.ndarray, "{config.img_size} {config.img_size} 3"], tuple[int, int]]:
     """A user's image -> the encoder's input and the (height, width) it occupies there."""
-    resized = resize_image(check_image(image), config.img_size)
+    resized = transform_of(config).apply_image(check_image(image))
     return normalize_and_pad(resized, config), (resized.shape[0], resized.shape[1])
 
 
@@ -107,6 +107,14 @@ class ResizeLongestSide:
 
     target_length: int
 
+    def canvas_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) on the canvas of an image of another (height, width)."""
+        return preprocess_shape(*original_size, self.target_length)
+
+    def restore(self, logits: np.ndarray, original_size: tuple[int, int]) -> np.ndarray:
+        """Low-resolution logits (..., 4g, 4g) at an image's (height, width), see `postprocess_masks`."""
+        return postprocess_masks(logits, self.canvas_size(original_size), original_size, self.target_length)
+
     def apply_image(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "new_h new_w 3"]:
         """The image with its longer side `target_length`."""
         return resize_image(image, self.target_length)
@@ -122,6 +130,52 @@ class ResizeLongestSide:
     ) -> Float32[np.ndarray, "*shape 4"]:
         """x0, y0, x1, y1 in pixels of the original image, (height, width) large -> pixels of the canvas."""
         return apply_boxes(boxes, original_size, self.target_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Squash:
+    """Images, points and boxes on a canvas that they fill, whatever their proportions (sam2/utils/transforms.py)."""
+
+    target_length: int
+
+    def canvas_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) on the canvas of an image of another (height, width)."""
+        del original_size
+        return (self.target_length, self.target_length)
+
+    def restore(self, logits: np.ndarray, original_size: tuple[int, int]) -> np.ndarray:
+        """Low-resolution logits (..., 4g, 4g) at an image's (height, width), in one resampling."""
+        rows, cols = map(interpolation_matrix, original_size, logits.shape[-2:])
+        return rows @ np.asarray(logits, np.float32) @ cols.T
+
+    def apply_image(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "{self.target_length} new_w 3"]:
+        """The image with both sides `target_length`, antialiased bilinear, rounded to whole levels."""
+        size = (self.target_length, self.target_length)
+        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+
+    def apply_coords(
+        self, coords: Real[np.ndarray, "*shape 2"], original_size: tuple[int, int]
+    ) -> Float32[np.ndarray, "*shape 2"]:
+        """x, y in pixels of the original image, (height, width) large -> pixels of the canvas."""
+        height, width = original_size
+        scale = self.target_length / np.array([width, height])
+        return (np.asarray(coords, np.float64) * scale).astype(np.float32)
+
+    def apply_boxes(
+        self, boxes: Real[np.ndarray, "*shape 4"], original_size: tuple[int, int]
+    ) -> Float32[np.ndarray, "*shape 4"]:
+        """x0, y0, x1, y1 in pixels of the original image, (height, width) large -> pixels of the canvas."""
+        boxes = np.asarray(boxes)
+        return self.apply_coords(boxes.reshape(*boxes.shape[:-1], 2, 2), original_size).reshape(boxes.shape)
+
+
+Transform = ResizeLongestSide | Squash
+
+
+def transform_of(config: CanvasConfig) -> Transform:
+    """How pictures of any size come onto the canvas of a model: `config.resize` is "pad", unless said, or "squash"."""
+    squash = getattr(config, "resize", "pad") == "squash"
+    return Squash(config.img_size) if squash else ResizeLongestSide(config.img_size)
 
 
 def interpolation_weights(

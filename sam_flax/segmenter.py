@@ -59,13 +59,17 @@ class Segmenter(nn.Module):
         check_canvas(images, self.config)
         return images
 
+    @nn.nowrap
+    def make_heads(self) -> tuple[Any, Any]:
+        """The prompt encoder and the mask decoder, which are SAM's unless a family has others."""
+        return PromptEncoder(self.config), MaskDecoder(self.config)
+
     def setup(self) -> None:
         self.image_encoder = self.make_encoder()
-        self.prompt_encoder = PromptEncoder(self.config)
-        self.mask_decoder = MaskDecoder(self.config)
+        self.prompt_encoder, self.mask_decoder = self.make_heads()
 
-    def encode_image(self, images: jax.Array) -> jax.Array:
-        """Normalised, padded images (B, S, S, 3) -> embeddings (B, g, g, C)."""
+    def encode_image(self, images: jax.Array) -> Any:
+        """Normalised images (B, S, S, 3) on the canvas -> what `decode` takes: SAM's embeddings (B, g, g, C)."""
         check_canvas(images, self.config)
         return self.image_encoder(images)
 
@@ -80,7 +84,7 @@ class Segmenter(nn.Module):
 
     def decode_masks(
         self,
-        image_embeddings: jax.Array,
+        image_embeddings: Any,
         sparse: jax.Array,
         dense: jax.Array,
         multimask_output: bool = True,
@@ -98,7 +102,7 @@ class Segmenter(nn.Module):
 
     def decode(
         self,
-        image_embeddings: jax.Array,
+        image_embeddings: Any,
         points: Points | None = None,
         boxes: jax.Array | None = None,
         masks: jax.Array | None = None,

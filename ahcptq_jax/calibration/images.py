@@ -78,4 +78,4 @@ def prepare(index: int, item: Any, sam: Any, config: QuantConfig, rng: np.random
         )
     order = np.resize(rng.permutation(len(boxes)), config.prompts_per_image)
     canvas, _ = preprocessing.prepare_image(image, sam.config)
-    return CalibrationImage(canvas, preprocessing.apply_boxes(clipped[order], (height, width), sam.config.img_size))
+    return CalibrationImage(canvas, preprocessing.transform_of(sam.config).apply_boxes(clipped[order], (height, width)))

@@ -61,8 +61,8 @@ ASSEMBLIES: dict[str, Callable[[Parts, Entry], np.ndarray]] = {
 }
 
 
-def official_shapes(entry: Entry) -> list[Shape] | None:
-    """The shape of each tensor that a parameter is made of; None where only their sizes are told."""
+def official_shapes(entry: Entry, count: int) -> list[Shape] | None:
+    """The shape of each of `count` tensors that a parameter is made of; None where only its size is told."""
     if entry.kind == "reshaped":
         return None
     if entry.kind == "pointwise":
@@ -70,8 +70,10 @@ def official_shapes(entry: Entry) -> list[Shape] | None:
     if entry.kind == "qkv_by_head":
         return [entry.shape[::-1]]
     if entry.kind in ASSEMBLIES:
-        return [entry.shape] * len(entry.official)
-    return [entry.official_shape()] * len(entry.official)
+        return [entry.shape] * count
+    if entry.kind in PERMUTATIONS:
+        return [entry.official_shape()] * count
+    return [(entry.shape[0] // count, *entry.shape[1:])] * count
 
 
 def assemble(
@@ -100,7 +102,7 @@ def assemble(
     check_names({name for group in names.values() for name in group}, tensors, source)
     wrong = []
     for entry in entries:
-        wanted = official_shapes(entry)
+        wanted = official_shapes(entry, len(names[entry.path]))
         for index, name in enumerate(names[entry.path]):
             found = np.shape(tensors[name])
             if wanted is None and np.prod(found) != np.prod(entry.shape):

@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sam_flax.config import DEFAULT_DECODER_HEADS, SamConfig, SegmenterConfig
+from sam_flax.encoders.hiera import Sam2Config
 from sam_flax.encoders.tiny_vit import MobileSamConfig
 from sam_flax.errors import InputError
-from sam_flax.files import mobile_sam
+from sam_flax.files import mobile_sam, sam2
 from sam_flax.files.assembly import Shapes, assemble
+from sam_flax.files.infer import merge_tied
 from sam_flax.files.known import Known
 from sam_flax.files.parameters import Dims, Entry, distinct, parameter_table
 from sam_flax.files.trees import shown
 from sam_flax.mobile_sam import MobileSam
 from sam_flax.sam import Sam
+from sam_flax.sam2 import Sam2
 from sam_flax.segmenter import Params, Segmenter
 
 
@@ -63,6 +66,14 @@ FAMILIES: dict[str, Family] = {
         mobile_sam.table,
         (Naming(mobile_sam.ANCHOR, False, mobile_sam.used),),
         lambda shapes, _, heads: mobile_sam.infer(shapes, heads),
+    ),
+    "sam2": Family(
+        "SAM 2",
+        Sam2Config,
+        Sam2,
+        sam2.table,
+        (Naming(sam2.ANCHOR, False, sam2.used), Naming(sam2.HF_ANCHOR, True, sam2.hf_used)),
+        sam2.infer,
     ),
 }
 # SAM-HQ adds a token, an MLP and features of early blocks, of which nothing here knows.
@@ -121,6 +132,8 @@ def convert_other(
             tensors = _without_prefix(state_dict, found.removesuffix(naming.anchor), source)
             tensors = {name: value for name, value in tensors.items() if naming.used(name)}
             state_dict.clear()
+            if naming.hugging_face:
+                merge_tied(tensors, source)
             if config is None:
                 shapes = Shapes(tensors, source, family.title)
                 heads = _heads(shapes, naming.hugging_face, known.decoder_num_heads)

@@ -67,7 +67,7 @@ def match(
         name: _statistic(name, tensors.pop(name), source) for name in ("pixel_mean", "pixel_std") if name in tensors
     }
     if hugging_face:
-        _merge_tied(tensors, source)
+        merge_tied(tensors, source)
 
     entries = parameter_table(Dims.from_names(tensors, hugging_face))
     names = {entry.path: entry.hugging_face if hugging_face else entry.official for entry in entries}
@@ -126,7 +126,7 @@ def _strip_prefix(state_dict: Mapping[str, Any], source: str) -> dict[str, Any]:
     return result
 
 
-def _merge_tied(tensors: dict[str, Any], source: str) -> None:
+def merge_tied(tensors: dict[str, Any], source: str) -> None:
     """transformers saves the Fourier matrix under one or both of two names; keeps the first."""
     kept, other = HF_POSITIONS
     if other not in tensors:

@@ -19,6 +19,7 @@ Shape = tuple[int, ...]
 # Official axes -> ours. conv: OIHW -> HWIO. deconv: (in, out, kh, kw) -> (kh, kw, in, out), not flipped:
 # kernel[a, b] is what input pixel (i, j) adds to output pixel (2i + a, 2j + b).
 PERMUTATIONS: dict[str, tuple[int, ...]] = {"linear": (1, 0), "conv": (2, 3, 1, 0), "deconv": (2, 3, 0, 1)}
+PERMUTATIONS["positions"] = (0, 2, 3, 1)  # a table of positions, channels last
 # transformers saves the Fourier matrix under one or both of these names.
 HF_POSITIONS = (
     "prompt_encoder.shared_embedding.positional_embedding",
