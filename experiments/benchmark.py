@@ -4,7 +4,8 @@
     python -m experiments.benchmark --rows=encoder_b,hluq_search --against=torch --out=runs/benchmark
 
 Each row runs in a process of its own, which gives its peak memory. With `--against=torch` a second process runs the
-public PyTorch code (extra `parity`) turn by turn with ours, so that both see the machine in the same state.
+public PyTorch code (extra `parity`) turn by turn with ours, so that both see the machine in the same state; with
+`--against=torch,onnxruntime,openvino` others run its exports (extra `peers`).
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,21 @@ KEEP_PAGES = {
     "MALLOC_TRIM_THRESHOLD_": "34359738368",
     "MALLOC_TOP_PAD_": "268435456",
 }
-NO_PUBLIC_PACKAGE = "No public PyTorch package has this function, so there is no ratio."
+NO_PUBLIC_PACKAGE = "No public package has this function, so there is no ratio."
+# What each word of `--against` needs.
+PEERS = {
+    "torch": ("torch", "segment_anything"),
+    "onnxruntime": ("onnx", "onnxruntime", "onnxscript", "torch", "segment_anything"),
+    "openvino": ("openvino", "onnx", "onnxscript", "torch", "segment_anything"),
+}
 
 
 class Worker:
     """The process of one row; see `benchmark_rows.serve`."""
 
-    def __init__(self, row: Row, torch: bool, toy: bool):
+    def __init__(self, row: Row, peer: str, toy: bool):
         self.row = row
-        words = [row.name, *(["torch"] if torch else []), *(["toy"] if toy else [])]
+        words = [row.name, peer or "ours", "toy" if toy else "full"]
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "experiments.bench.rows", *words],
@@ -51,7 +58,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=os.environ | (KEEP_PAGES if torch else {}),
+            env=os.environ | (KEEP_PAGES if peer == "torch" else {}),
         )
 
     def __enter__(self) -> "Worker":
@@ -90,44 +97,42 @@ class Worker:
         return json.loads(line)
 
 
-def measure(row: Row, repeats: int, against: str, toy: bool, tick: Callable[[], object]) -> dict[str, Any]:
+def measure(row: Row, repeats: int, against: Sequence[str], toy: bool, tick: Callable[[], object]) -> dict[str, Any]:
     """One row of the table.
 
     Args:
         row: what to time.
         repeats: runs after the first; every number of the row is their median.
-        against: "torch", or "" for our side alone.
+        against: words of `PEERS`; none for our side alone.
         toy: toy sizes.
         tick: called after each run.
 
     Raises:
-        ValueError: if the row's process fails.
+        InputError: if the row's process fails.
     """
+    names = [name for name in row.peers if name.split()[0] in against]
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(Worker(row, torch=False, toy=toy))
-        theirs = None
-        if against and row.prepare_torch is not None:
-            theirs = stack.enter_context(Worker(row, torch=True, toy=toy))
+        ours = stack.enter_context(Worker(row, peer="", toy=toy))
+        theirs = {name: stack.enter_context(Worker(row, peer=name, toy=toy)) for name in names}
         other = None
         if row.beside:
             named = next(each for each in ROWS if each.name == row.beside)
-            other = stack.enter_context(Worker(named, torch=False, toy=toy))
-        runs, torch_runs, other_runs = [], [], []
+            other = stack.enter_context(Worker(named, peer="", toy=toy))
+        runs: list[dict[str, float]] = []
+        other_runs: list[dict[str, float]] = []
+        peer_runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(repeats):
             runs.append(ours.run())
-            if theirs is not None:
-                torch_runs.append(theirs.run())
+            for name, worker in theirs.items():
+                peer_runs[name].append(worker.run())
             if other is not None:
                 other_runs.append(other.run())
             tick()
         last = ours.finish()
-        torch_last = theirs.finish() if theirs is not None else {}
+        peer_last = {name: worker.finish() for name, worker in theirs.items()}
         other_last = other.finish() if other is not None else {}
 
-    def median(values: list[float]) -> float | None:
-        return statistics.median(values) if values else None
-
-    parts, flops = last["parts"], last["flops"]
+    median, parts, flops = statistics.median, last["parts"], last["flops"]
     result: dict[str, Any] = {"name": row.name, "work": row.what, "repeats": repeats}
     result["seconds"] = median([r["seconds"] / parts for r in runs])
     result["cpu_seconds"] = median([r["cpu_seconds"] / parts for r in runs])
@@ -138,15 +143,20 @@ def measure(row: Row, repeats: int, against: str, toy: bool, tick: Callable[[], 
         result["gflops"] = median([flops / r["seconds"] / 1e9 for r in runs])
         result["ceiling_gflops"] = median([r["ceiling_gflops"] for r in runs])
         result["ceiling_share"] = median([flops / r["seconds"] / 1e9 / r["ceiling_gflops"] for r in runs])
-    result["torch_seconds"] = median([r["seconds"] for r in torch_runs])
-    result["torch_cpu_seconds"] = median([r["cpu_seconds"] for r in torch_runs])
-    result["torch_peak_bytes"] = torch_last.get("peak_bytes")
-    result["ratio"] = median([t["seconds"] / r["seconds"] for t, r in zip(torch_runs, runs, strict=False)])
+    result["peers"] = {
+        name: {
+            "seconds": median([r["seconds"] for r in peer_runs[name]]),
+            "cpu_seconds": median([r["cpu_seconds"] for r in peer_runs[name]]),
+            "peak_bytes": peer_last[name]["peak_bytes"],
+            "ratio": median([t["seconds"] / r["seconds"] for t, r in zip(peer_runs[name], runs, strict=True)]),
+        }
+        for name in names
+    }
     if other is not None:
         result["beside"], result["beside_peak_bytes"] = row.beside, other_last["peak_bytes"]
         for name in ("seconds", "cpu_seconds"):
             result[f"beside_{name}_ratio"] = median([r[name] / o[name] for r, o in zip(runs, other_runs, strict=True)])
-    if against and theirs is None:
+    if against and not names:
         result["note"] = NO_PUBLIC_PACKAGE
     return result
 
@@ -157,11 +167,10 @@ def table(document: Mapping[str, Any]) -> str:
     def cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    lines = [
-        "| row | work | seconds | CPU s | compile s | peak GiB | share of product rate | torch s | torch CPU s "
-        "| torch / ours |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    names = list(dict.fromkeys(name for row in document["rows"] for name in row["peers"]))
+    titles = ["row", "work", "seconds", "CPU s", "compile s", "peak GiB", "share of product rate"]
+    titles += [title for name in names for title in (f"{name} s", f"{name} CPU s", f"{name} GiB", f"{name} / ours")]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in document["rows"]:
         seconds = [cell(row.get(key), ".3g") for key in ("seconds", "cpu_seconds")]
         share = "" if row["name"] == "matmul" else cell(row.get("ceiling_share"), ".0%")
@@ -174,10 +183,11 @@ def table(document: Mapping[str, Any]) -> str:
             cell(row["compile_seconds"], ".1f"),
             cell(row["peak_bytes"] / 2**30, ".2f"),
             share,
-            cell(row["torch_seconds"], ".3g"),
-            cell(row["torch_cpu_seconds"], ".3g"),
-            cell(row["ratio"], ".2f"),
         ]
+        for name in names:
+            peer = row["peers"].get(name, {})
+            cells += [cell(peer.get(key), ".3g") for key in ("seconds", "cpu_seconds")]
+            cells += [f"{peer['peak_bytes'] / 2**30:.2f}" if peer else "", cell(peer.get("ratio"), ".2f")]
         lines.append(f"| {' | '.join(cells)} |")
     for row in document["rows"]:
         if "beside" in row:
@@ -216,16 +226,28 @@ def chosen_rows(names: str) -> list[Row]:
     return [row for row in ROWS if not wanted or row.name in wanted]
 
 
-def check_torch() -> None:
-    """Raises InputError unless the public PyTorch SAM is installed."""
-    missing = [name for name in ("torch", "segment_anything") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"--against=torch needs {' and '.join(missing)}; install them with pip install -e '.[parity]'."
-        )
+def chosen_peers(names: str) -> list[str]:
+    """What `--against` names.
+
+    Raises:
+        InputError: if a name is unknown, or what it needs is not installed.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in PEERS:
+            raise InputError(f"--against names {name}; choose of {', '.join(PEERS)}.")
+        missing = [package for package in PEERS[name] if importlib.util.find_spec(package) is None]
+        if missing:
+            extra = "parity" if name == "torch" else "peers"
+            raise InputError(
+                f"--against={name} needs {' and '.join(missing)}; install them with pip install -e '.[{extra}]'."
+            )
+    return wanted
 
 
-def run(rows: list[Row], repeats: int, against: str, toy: bool, save: Callable[[dict], object]) -> dict[str, Any]:
+def run(
+    rows: list[Row], repeats: int, against: Sequence[str], toy: bool, save: Callable[[dict], object]
+) -> dict[str, Any]:
     """Measures the rows one after another; `save` gets the document after each."""
     machine: dict[str, Any] = {
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -235,7 +257,7 @@ def run(rows: list[Row], repeats: int, against: str, toy: bool, save: Callable[[
         "backend": jax.default_backend(),
         "load": [os.getloadavg()[0]],
     }
-    document: dict[str, Any] = {"machine": machine, "against": against, "toy": toy, "rows": []}
+    document: dict[str, Any] = {"machine": machine, "against": list(against), "toy": toy, "rows": []}
     with tqdm(total=len(rows) * repeats, unit="run") as bar:
         for row in rows:
             bar.set_description(row.name)
@@ -248,7 +270,11 @@ def run(rows: list[Row], repeats: int, against: str, toy: bool, save: Callable[[
 def define_flags() -> None:
     flags.DEFINE_string("rows", "", "Rows to time, by name, separated by commas; default: all.")
     flags.DEFINE_integer("repeats", 3, "Timed runs of each row after the first; their median counts.", lower_bound=1)
-    flags.DEFINE_enum("against", "", ["", "torch"], "Also time the public PyTorch SAM, turn by turn with ours.")
+    flags.DEFINE_string(
+        "against",
+        "",
+        "Also time the public SAM, turn by turn with ours: torch, onnxruntime and openvino, separated by commas.",
+    )
     flags.DEFINE_bool("toy", False, "Toy sizes: tries the command in seconds; its times mean nothing.")
     flags.DEFINE_string("out", "runs/benchmark", "Folder for benchmark.md and benchmark.json.")
     flags.DEFINE_string("json", "", "Another place for the JSON file.")
@@ -261,8 +287,7 @@ def main(argv: list[str]) -> int:
 def _command() -> int:
     values = flags.FLAGS
     rows = chosen_rows(values.rows)
-    if values.against:
-        check_torch()
+    against = chosen_peers(values.against)
     out = Path(values.out)
     file = Path(values.json) if values.json else out / "benchmark.json"
 
@@ -270,7 +295,7 @@ def _command() -> int:
         write_json(file, document)
         write_file(out / "benchmark.md", table(document))
 
-    print(table(run(rows, values.repeats, values.against, values.toy, save)))
+    print(table(run(rows, values.repeats, against, values.toy, save)))
     return 0
 
 

@@ -1,12 +1,20 @@
-"""The public PyTorch image encoder (extra `parity`) for `experiments.benchmark`, as it is and rewritten to be fast."""
+"""Other people's image encoders for `experiments.benchmark`.
+
+The public PyTorch one (extra `parity`) as it is, rewritten to be fast, and exported to ONNX for other runtimes (extra
+`peers`), in floating point and quantized by ONNX Runtime's own tool.
+"""
 
 import importlib
 import importlib.util
+import os
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sam_flax.config import SamConfig
 
@@ -23,13 +31,8 @@ def public_module() -> Any:
     return importlib.import_module("segment_anything.modeling.image_encoder")
 
 
-def encoder(config: SamConfig, fused: bool) -> Callable[[], Any]:
-    """A run of the public encoder with random weights on a random image.
-
-    Args:
-        config: of the encoder.
-        fused: with `fused_attention` in place of its own.
-    """
+def public_encoder(config: SamConfig) -> tuple[Any, Any]:
+    """The module that `public_module` is, and the public encoder with random weights."""
     import torch
 
     public = public_module()
@@ -46,7 +49,20 @@ def encoder(config: SamConfig, fused: bool) -> Callable[[], Any]:
         use_rel_pos=True,
         window_size=config.window_size,
         global_attn_indexes=config.global_attn_indexes,
-    ).eval()
+    )
+    return public, model.eval()
+
+
+def encoder(config: SamConfig, fused: bool) -> Callable[[], Any]:
+    """A run of the public encoder with random weights on a random image.
+
+    Args:
+        config: of the encoder.
+        fused: with `fused_attention` in place of its own.
+    """
+    import torch
+
+    public, model = public_encoder(config)
     if fused:
         for block in model.blocks:
             block.attn.forward = fused_attention(public, block.attn, in_turn=block.window_size == 0)
@@ -92,3 +108,67 @@ def fused_attention(public: Any, attention: Any, in_turn: bool) -> Callable[[Any
         return attention.proj(out.reshape(batch, height, width, dim))
 
     return forward
+
+
+# ------------------------------------------------------------------------------------------------- other runtimes
+
+
+def export_public(config: SamConfig, path: Path) -> None:
+    """Writes the public encoder with random weights as ONNX, by PyTorch's own exporter."""
+    import torch
+
+    _, model = public_encoder(config)
+    images = torch.randn(1, 3, config.img_size, config.img_size)
+    with torch.inference_mode():
+        torch.onnx.export(model, (images,), str(path), input_names=["images"], output_names=["image_embeddings"])
+
+
+def onnxruntime_run(path: Path, size: int) -> Callable[[], Any]:
+    """Runs of an encoder's ONNX file in ONNX Runtime on a random image of size x size pixels."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = available_processors()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    images = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+    return lambda: session.run(None, {session.get_inputs()[0].name: images})
+
+
+def available_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _onnxruntime(config: SamConfig) -> Callable[[], Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        export_public(config, Path(folder) / "public.onnx")
+        return onnxruntime_run(Path(folder) / "public.onnx", config.img_size)
+
+
+def _onnxruntime_dynamic(config: SamConfig) -> Callable[[], Any]:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_public(config, Path(folder) / "public.onnx")
+        quantized = Path(folder) / "dynamic.onnx"
+        # As segment_anything's own export script calls it.
+        quantize_dynamic(Path(folder) / "public.onnx", quantized, weight_type=QuantType.QUInt8)
+        return onnxruntime_run(quantized, config.img_size)
+
+
+def _openvino(config: SamConfig) -> Callable[[], Any]:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_public(config, Path(folder) / "public.onnx")
+        settings = {"INFERENCE_NUM_THREADS": str(available_processors()), "INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.Core().compile_model(str(Path(folder) / "public.onnx"), "CPU", settings)
+    images = np.random.default_rng(0).standard_normal((1, 3, config.img_size, config.img_size)).astype(np.float32)
+    return lambda: compiled([images])
+
+
+RUNTIMES: dict[str, Callable[[SamConfig], Callable[[], Any]]] = {
+    "onnxruntime": _onnxruntime,
+    "onnxruntime quantize_dynamic": _onnxruntime_dynamic,
+    "openvino": _openvino,
+}

@@ -8,8 +8,10 @@ import json
 import resource
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,14 +55,15 @@ class Row:
         name: as `--rows` takes it.
         what: in words.
         prepare: makes the work; its argument asks for toy sizes, at which times mean nothing.
-        prepare_torch: the same by public PyTorch code, where there is such code.
+        peers: the same by others, where there is such code: name -> what makes it. The first word of a name is what
+            `--against` calls it.
         beside: another row of ours that is run turn by turn with this one, for the ratio of their times; "" for none.
     """
 
     name: str
     what: str
     prepare: Callable[[bool], Work]
-    prepare_torch: Callable[[bool], Work] | None = None
+    peers: Mapping[str, Callable[[bool], Work]] = dataclasses.field(default_factory=dict)
     beside: str = ""
 
 
@@ -115,6 +118,34 @@ def _quantized_encoder(config: SamConfig, bits: int) -> Callable[[bool], Work]:
 def _torch_encoder(config: SamConfig, fused: bool = False) -> Callable[[bool], Work]:
     def prepare(toy: bool) -> Work:
         return Work(peers.encoder(_toy(config) if toy else config, fused))
+
+    return prepare
+
+
+def _runtimes(config: SamConfig) -> dict[str, Callable[[bool], Work]]:
+    """The public encoder, exported to ONNX, in other runtimes."""
+
+    def prepare(toy: bool, run: Callable[[SamConfig], Callable[[], Any]]) -> Work:
+        return Work(run(_toy(config) if toy else config))
+
+    return {name: partial(prepare, run=run) for name, run in peers.RUNTIMES.items()}
+
+
+def _onnx_encoder(config: SamConfig, bits: int | None) -> Callable[[bool], Work]:
+    """Our own export in ONNX Runtime, at so many bits, or in floating point."""
+
+    def prepare(toy: bool) -> Work:
+        from ahcptq_jax.formats.onnx import export_onnx  # whose package is an extra
+
+        chosen = _toy(config) if toy else config
+        sam = Sam(chosen)
+        params = sam.init_params(jax.random.key(0))
+        model: Any = SamModel(sam, params)
+        if bits is not None:
+            model = random_quantized(chosen, params, QuantConfig(w_bits=bits, a_bits=bits))
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(model, folder)
+            return Work(peers.onnxruntime_run(Path(folder) / "encoder.onnx", chosen.img_size))
 
     return prepare
 
@@ -191,17 +222,25 @@ def _block_pair(toy: bool) -> Work:
 
 ROWS = (
     Row("matmul", "float32 product, 2048x2048 by 2048x2048", _matmul),
-    Row("encoder_b", "SAM-B image encoder, 1x1024x1024", _encoder(VIT_B), _torch_encoder(VIT_B)),
+    Row(
+        "encoder_b",
+        "SAM-B image encoder, 1x1024x1024",
+        _encoder(VIT_B),
+        {"torch": _torch_encoder(VIT_B), **_runtimes(VIT_B)},
+    ),
     Row(
         "encoder_b_fused",
         "the same, against the public encoder rewritten on PyTorch's fused attention",
         _encoder(VIT_B),
-        _torch_encoder(VIT_B, fused=True),
+        {"torch": _torch_encoder(VIT_B, fused=True)},
     ),
     Row("encoder_b_w4a4", "the same at W4A4: int8 levels", _quantized_encoder(VIT_B, 4), beside="encoder_b"),
     Row("encoder_b_w8a8", "the same at W8A8", _quantized_encoder(VIT_B, 8), beside="encoder_b"),
-    Row("encoder_l", "SAM-L image encoder, 1x1024x1024", _encoder(VIT_L), _torch_encoder(VIT_L)),
-    Row("encoder_h", "SAM-H image encoder, 1x1024x1024", _encoder(VIT_H), _torch_encoder(VIT_H)),
+    Row("encoder_l", "SAM-L image encoder, 1x1024x1024", _encoder(VIT_L), {"torch": _torch_encoder(VIT_L)}),
+    Row("encoder_h", "SAM-H image encoder, 1x1024x1024", _encoder(VIT_H), {"torch": _torch_encoder(VIT_H)}),
+    Row("onnx_b", "SAM-B image encoder, our ONNX file in ONNX Runtime", _onnx_encoder(VIT_B, None), _runtimes(VIT_B)),
+    Row("onnx_b_w4a4", "the same at W4A4", _onnx_encoder(VIT_B, 4), _runtimes(VIT_B)),
+    Row("onnx_b_w8a8", "the same at W8A8", _onnx_encoder(VIT_B, 8), _runtimes(VIT_B)),
     Row(
         "hluq_search",
         "HLUQ search, one batch, 4096x3072 -> 768, 9 candidates, 2048 rows drawn as in calibration",
@@ -263,7 +302,7 @@ def timed(run: Callable[[], Any]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def serve(name: str, torch: bool, toy: bool, requests: TextIO, answers: TextIO) -> None:
+def serve(name: str, peer: str, toy: bool, requests: TextIO, answers: TextIO) -> None:
     """Prepares a row, runs it once, and then once for every line of `requests`.
 
     Answers in JSON lines: `compile_seconds` of the first run; `seconds cpu_seconds` of each other, with
@@ -276,9 +315,7 @@ def serve(name: str, torch: bool, toy: bool, requests: TextIO, answers: TextIO) 
     row = next(row for row in ROWS if row.name == name)
     # What compiling costs is part of the table.
     jax.config.update("jax_enable_compilation_cache", False)
-    prepare = row.prepare_torch if torch else row.prepare
-    assert prepare is not None
-    work = prepare(toy)
+    work = (row.peers[peer] if peer else row.prepare)(toy)
     clock = CompileClock()
     timed(work.run)
     answer({"compile_seconds": clock.seconds()})
@@ -295,7 +332,8 @@ def serve(name: str, torch: bool, toy: bool, requests: TextIO, answers: TextIO) 
 
 
 if __name__ == "__main__":
-    if "torch" not in sys.argv[2:]:
+    _, chosen_name, chosen_peer, size = sys.argv
+    if chosen_peer == "ours":
         # As the command line does.
         keep_pages()
-    serve(sys.argv[1], "torch" in sys.argv[2:], "toy" in sys.argv[2:], sys.stdin, sys.stdout)
+    serve(chosen_name, "" if chosen_peer == "ours" else chosen_peer, size == "toy", sys.stdin, sys.stdout)

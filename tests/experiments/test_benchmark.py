@@ -39,7 +39,7 @@ def test_the_command_writes_its_table(tmp_path: Path) -> None:
     document = json.loads(file.read_text())
     assert [row["name"] for row in document["rows"]] == ["encoder_b", "hluq_forward", "mlp_step"]
     for row in document["rows"]:
-        assert row["seconds"] > 0 and row["compile_seconds"] > 0 and row["ratio"] is None
+        assert row["seconds"] > 0 and row["compile_seconds"] > 0 and row["peers"] == {}
         assert len(row["all_seconds"]) == row["repeats"] == 2
         # A Python process with JAX in it, and no more than toy arrays.
         assert 2**27 < row["peak_bytes"] < 2**31
@@ -55,17 +55,44 @@ def test_an_unknown_row_is_refused(tmp_path: Path) -> None:
     assert [row.name for row in benchmark.chosen_rows("encoder_b,matmul")] == ["matmul", "encoder_b"]
 
 
-def test_torch_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs torch and segment_anything; install them with"):
-        benchmark.check_torch()
+def test_what_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name != "onnx" else True)
+    with pytest.raises(ValueError, match="=torch needs torch and segment_anything; install them with"):
+        benchmark.chosen_peers("torch")
+    with pytest.raises(ValueError, match=r"=openvino needs openvino and onnxscript and .*\.\[peers\]"):
+        benchmark.chosen_peers("openvino")
+    with pytest.raises(ValueError, match="--against names tflite; choose of torch, onnxruntime, openvino"):
+        benchmark.chosen_peers("tflite")
+    assert benchmark.chosen_peers("") == []
+
+
+@pytest.mark.parametrize("peers_of", ["onnxruntime", "openvino"])
+def test_peers_of_other_runtimes_run(tmp_path: Path, peers_of: str) -> None:
+    try:
+        benchmark.chosen_peers(peers_of)
+    except ValueError as error:
+        pytest.skip(f"compares with other runtimes: {error}")
+    done = command("--toy", "--repeats=1", "--rows=onnx_b_w4a4", f"--against={peers_of}", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    expected = [name for name in peers.RUNTIMES if name.startswith(peers_of)]
+    assert list(row["peers"]) == expected and all(peer["ratio"] > 0 for peer in row["peers"].values())
+    assert f"| {expected[0]} / ours |" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["onnx_b", "onnx_b_w4a4", "onnx_b_w8a8"])
+def test_our_onnx_files_run(name: str) -> None:
+    pytest.importorskip("onnx", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    (embeddings,) = benchmark.chosen_rows(name)[0].prepare(True).run()
+    assert np.isfinite(embeddings).all() and embeddings.std() > 0
 
 
 class FakeWorker:
     """Answers at once: ours takes 2, 4 and 6 seconds, the other side 6 each."""
 
-    def __init__(self, row: Any, torch: bool, toy: bool):
-        self.times = iter([6.0, 6.0, 6.0] if torch else [2.0, 6.0, 4.0])
+    def __init__(self, row: Any, peer: str, toy: bool):
+        self.times = iter([6.0, 6.0, 6.0] if peer else [2.0, 6.0, 4.0])
         self.first = {"compile_seconds": 1.0}
 
     def __enter__(self) -> "FakeWorker":
@@ -85,17 +112,18 @@ class FakeWorker:
 def test_numbers_are_medians_and_ratios_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "Worker", FakeWorker)
     row = dataclasses.replace(benchmark.chosen_rows("encoder_b")[0])
-    result = benchmark.measure(row, 3, "torch", True, lambda: None)
+    result = benchmark.measure(row, 3, ["torch", "openvino"], True, lambda: None)
     assert result["seconds"] == 2.0 and result["cpu_seconds"] == 4.0  # 4 seconds for two parts
     assert result["ceiling_share"] == 0.5  # 20 GFLOP in 4 s of 10 GFLOP/s
-    assert result["ratio"] == 1.5 and result["torch_seconds"] == 6.0
-    alone = benchmark.measure(benchmark.chosen_rows("hluq_search")[0], 3, "torch", True, lambda: None)
-    assert alone["ratio"] is None and "No public PyTorch package" in alone["note"]
+    assert list(result["peers"]) == ["torch", "openvino"]
+    assert result["peers"]["torch"]["ratio"] == 1.5 and result["peers"]["openvino"]["seconds"] == 6.0
+    alone = benchmark.measure(benchmark.chosen_rows("hluq_search")[0], 3, ["torch"], True, lambda: None)
+    assert alone["peers"] == {} and "No public package" in alone["note"]
 
 
 def test_fused_attention_is_the_public_one() -> None:
     try:
-        benchmark.check_torch()
+        benchmark.chosen_peers("torch")
     except ValueError as error:
         pytest.skip(f"compares with PyTorch: {error}")
     import torch
@@ -116,7 +144,7 @@ def test_fused_attention_is_the_public_one() -> None:
 def test_a_failing_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     row = dataclasses.replace(benchmark.ROWS[0], name="absent")  # which the process does not find
     with pytest.raises(ValueError, match="row absent ended with exit code 1"):
-        benchmark.measure(row, 1, "", True, lambda: None)
+        benchmark.measure(row, 1, [], True, lambda: None)
 
 
 def product_flops(jaxpr: Any) -> float:
