@@ -14,7 +14,7 @@ import numpy as np
 from absl import app
 
 import ahcptq_jax
-from ahcptq_jax.config import GRIDS, QuantConfig
+from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.flags import define_flags
 from hwcost.counts.codes import Histogram, load_histograms
 from hwcost.counts.measure import measure_histograms
@@ -63,9 +63,6 @@ def run(options: Options) -> tuple[Study, list[Path]]:
         InputError, OSError: if a file is unusable, or cannot be written.
     """
     model, config, quant_config, codes = inputs(options)
-    grid_bits = options.grid_bits
-    if grid_bits is None:
-        grid_bits = quant_config.grid_bits if options.artefact else GRIDS[-1]
     study = study_of(
         model,
         config,
@@ -73,7 +70,7 @@ def run(options: Options) -> tuple[Study, list[Path]]:
         options.accelerator(),
         codes=codes,
         prompts=options.prompts,
-        grid_bits=grid_bits,
+        grid_bits=options.grid_bits,
         constants=options.constants(),
     )
     folder = options.folder(study.title)

@@ -83,6 +83,8 @@ def work_of(operand: Operand, path: str, histogram: Histogram | None, assumed: A
     """
     if histogram is not None:
         _check(histogram, path, operand)
+    if operand.level_bits:
+        return Work()  # every code is a level, however often it occurs
     if operand.arithmetic == "shift_or_multiply":
         if histogram is None:
             levels = assumed.log_levels(operand.bits)

@@ -70,8 +70,6 @@ class Builder:
         if operand.cost is None or not operand.cost.depends_on_codes:
             return Work(accumulators=self.groups(operand, channels))
         self.histogram_sites.add(path)
-        if operand.level_bits:
-            return Work()
         return work_of(operand, path, self.measured.get(path), self.assumed)
 
     # Layers

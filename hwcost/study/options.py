@@ -17,7 +17,7 @@ from sam_flax.config import CONFIGS
 from sam_flax.errors import InputError
 
 # The switches of a method that change what is counted.
-SWITCHES = ("hluq", "cag", "agq", "groups")
+SWITCHES = ("hluq", "cag", "agq", "groups", "grid_bits")
 
 
 def _like(record: type, name: str) -> Any:
@@ -49,7 +49,9 @@ class Options:
     cag: bool | None = _switch("cag")
     agq: bool | None = _switch("agq")
     groups: int | None = _switch("groups")
-    grid_bits: int | None = _switch("grid_bits", "those of the artefact, or 8. Either form is shown beside the other")
+    grid_bits: int | None = _switch(
+        "grid_bits", "the method's or the artefact's. Either form is shown beside the other"
+    )
     prompts: int = setting(1, "Boxes decoded for each image.", check=at_least(1))
     dataflow: Dataflow = _like(Accelerator, "dataflow")
     side: int = _like(Accelerator, "side")

@@ -72,7 +72,7 @@ def study_of(
     *,
     codes: Mapping[str, Histogram] | None = None,
     prompts: int = 1,
-    grid_bits: int = 0,
+    grid_bits: int | None = None,
     constants: Constants = CONSTANTS,
 ) -> Study:
     """Counts, estimates and compares.
@@ -84,7 +84,8 @@ def study_of(
         accelerator: the board.
         codes: measured histograms.
         prompts: boxes per image.
-        grid_bits: width of the levels on the grid; 0 puts the paper's own form first and the grid beside it.
+        grid_bits: width of the levels on the grid; 0 puts the paper's own form first and the grid beside it; None
+            takes what the quantization has.
         constants: as in `hwcost.board.constants.with_values`.
 
     Raises:

@@ -45,7 +45,7 @@ def variants(
     codes: Mapping[str, Any] | None = None,
     *,
     prompts: int = 1,
-    grid_bits: int = 0,
+    grid_bits: int | None = None,
     assumed: AssumedCodes | None = None,
 ) -> dict[str, Variant]:
     """The method, its baselines and its ablations, by name.
@@ -58,12 +58,14 @@ def variants(
         codes: measured histograms in any form of `hwcost.counts.codes.histograms`. The method uses all of them; a
             variant uses those whose site has the same kind of codes there, at the same width.
         prompts: boxes decoded for the image.
-        grid_bits: width of the levels of `METHOD`; 0 makes it the paper's own form. The other one is beside it.
+        grid_bits: width of the levels of `METHOD`; 0 makes it the paper's own form; None takes what the quantization
+            has. The other form is beside it.
         assumed: what sites without a histogram take.
 
     Raises:
         InputError: if a histogram fits no site of the method, or the codes do not fit in the levels.
     """
+    grid_bits = quant_config.grid_bits if grid_bits is None else grid_bits
     maker = _Maker(sam_config, quant_config, histograms(codes or {}), prompts, assumed)
     maker.add_baselines()
     has_levels = quant_config.hluq or quant_config.cag or quant_config.agq

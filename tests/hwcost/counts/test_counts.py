@@ -25,8 +25,9 @@ from sam_flax.encoders import vit
 from sam_flax.errors import InputError
 from sam_flax.sam import Sam
 
+# The paper's form of W4A4, without the grid that is the default.
+PAPER = dataclasses.replace(W4A4, grid_bits=0)
 # Two kinds of block and the padding of windows that do not divide the grid, in a graph that traces in seconds.
-PAPER = dataclasses.replace(W4A4, grid_bits=0)  # the paper's own form, off the grid
 SMALL = dataclasses.replace(VIT_B, img_size=320, depth=2, global_attn_indexes=(1,))
 PROMPTS = 2
 
@@ -129,7 +130,7 @@ def test_what_the_recipe_leaves_in_floating_point_stays_there(quantized: Counts)
     floating = {layer.path for layer in quantized.layers if layer.gemm and layer.is_float}
     for layer in quantized.layers:
         if layer.gemm and layer.kind in ("linear", "conv"):
-            assert (layer.path in floating) == (site_kind(f"{layer.path}/input", W4A4, "sam_vit") is None), layer.path
+            assert (layer.path in floating) == (site_kind(f"{layer.path}/input", PAPER, "sam_vit") is None), layer.path
     share = quantized.ops.float_macs / quantized.ops.macs
     assert 0 < share < 0.05
 
@@ -183,13 +184,13 @@ def test_a_measured_histogram_decides_between_shift_multiply_and_skip() -> None:
 
 
 def test_without_hluq_and_agq_nothing_shifts() -> None:
-    plain = hwcost.count(MINI, dataclasses.replace(W4A4, hluq=False, agq=False)).ops
+    plain = hwcost.count(MINI, dataclasses.replace(PAPER, hluq=False, agq=False)).ops
     assert plain.shifts == plain.skipped == plain.dual_adds == 0 < plain.int_macs
 
 
 @pytest.mark.parametrize("grid_bits", [5, 6, 7, 8])
 def test_on_the_grid_every_product_has_one_sum(grid_bits: int, quantized: Counts) -> None:
-    grid = hwcost.count(VIT_B, W4A4, grid_bits=grid_bits)
+    grid = hwcost.count(VIT_B, PAPER, grid_bits=grid_bits)
     for layer, paper in zip(grid.layers, quantized.layers, strict=True):
         assert layer.accumulators == 1 and layer.log_levels == 0, layer.path
         ops = layer.ops
@@ -206,12 +207,13 @@ def test_on_the_grid_every_product_has_one_sum(grid_bits: int, quantized: Counts
         layer = by_path[f"{block}/{name}"]
         assert layer.a.product_bits == width and layer.b.product_bits == 4, name
     assert grid.grid_bits == grid_bits and quantized.grid_bits == 0
-    assert grid.layers == hwcost.count(VIT_B, dataclasses.replace(W4A4, grid_bits=grid_bits)).layers
+    assert grid.layers == hwcost.count(VIT_B, dataclasses.replace(PAPER, grid_bits=grid_bits)).layers
+    assert hwcost.count(VIT_B, W4A4).grid_bits == W4A4.grid_bits, "by default as it is quantized"
 
 
 def test_on_the_grid_a_site_stores_its_table() -> None:
     def qparams(path: str, **switches: Any) -> int:
-        counts = hwcost.count(MINI, dataclasses.replace(W4A4, **switches), grid_bits=8)
+        counts = hwcost.count(MINI, dataclasses.replace(PAPER, **switches), grid_bits=8)
         return next(layer.qparam_bits for layer in counts.layers if layer.path == path)
 
     block, dim = "image_encoder/blocks_0", MINI.embed_dim
@@ -246,7 +248,7 @@ def test_widths_are_those_of_the_recipe_site_by_site() -> None:
 
 
 def test_prompts_scale_the_decoder_alone() -> None:
-    one, eight = (hwcost.count(MINI, W4A4, prompts=p) for p in (1, 8))
+    one, eight = (hwcost.count(MINI, PAPER, prompts=p) for p in (1, 8))
     assert one.totals("encoder") == eight.totals("encoder")
     assert eight.totals("decoder")["macs"] > 7 * one.totals("decoder")["macs"]
     assert eight.totals("decoder")["weight_bytes"] == one.totals("decoder")["weight_bytes"]
@@ -259,12 +261,12 @@ def test_bad_arguments_get_one_sentence() -> None:
         hwcost.count(MINI, float_bits=8)
     for grid_bits in (1, 4, 9, -8):
         with pytest.raises(InputError, match=f"grid_bits={grid_bits} must be 5, 6, 7, 8, or 0"):
-            hwcost.count(MINI, W4A4, grid_bits=grid_bits)
+            hwcost.count(MINI, PAPER, grid_bits=grid_bits)
     with pytest.raises(InputError, match="grid_bits=5 has no room for the 6-bit codes of "):
         hwcost.count(MINI, QuantConfig(w_bits=4, a_bits=6), grid_bits=5)
     with pytest.raises(ValueError, match="no graph of the architecture 'hiera'; write hwcost/counts/graphs/hiera.py"):
         graph_named("hiera")
     with pytest.raises(ValueError, match="belongs to no"):
-        hwcost.count(MINI, W4A4, {"image_encoder/blocks_9/attn/softmax": [1] * 16})
+        hwcost.count(MINI, PAPER, {"image_encoder/blocks_9/attn/softmax": [1] * 16})
     with pytest.raises(ValueError, match="16 codes, not 2\\^5"):
         hwcost.count(MINI, dataclasses.replace(PAPER, a_bits=5), {"image_encoder/blocks_0/attn/softmax": [1] * 16})

@@ -18,12 +18,14 @@ from sam_flax.config import MINI_SCENES as MINI
 from sam_flax.config import VIT_L
 from sam_flax.errors import InputError
 
+# The paper's form of W4A4, without the grid that is the default.
+PAPER = dataclasses.replace(W4A4, grid_bits=0)
 ZCU102 = PRESETS["zcu102"]
 
 
 @pytest.fixture(scope="module")
 def table() -> dict[str, Variant]:
-    return variants(VIT_L, W4A4)
+    return variants(VIT_L, PAPER)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_without_codes_their_variants_are_absent() -> None:
 def test_histograms_go_only_where_their_codes_exist() -> None:
     site = "image_encoder/blocks_0/mlp/lin2/input"
     codes = {site: Histogram(counts=(1,) * 16, log_levels=4)}
-    table = variants(MINI, W4A4, codes)
+    table = variants(MINI, PAPER, codes)
     assert table[METHOD].counts.measured_sites == 1
     assert table["no_hluq"].counts.measured_sites == table["int8"].counts.measured_sites == 0
 
@@ -102,7 +104,7 @@ FORMS: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_histogram_in_every_form_is_used_in_every_variant_that_has_its_codes(form: str) -> None:
     site, histogram = FORMS[form]
-    table = variants(MINI, W4A4, {site: histogram})
+    table = variants(MINI, PAPER, {site: histogram})
     without = "no_hluq" if site == HYBRID else "no_agq"
     for name, variant in table.items():
         used = name not in (*BASELINES, without)
@@ -112,8 +114,8 @@ def test_a_histogram_in_every_form_is_used_in_every_variant_that_has_its_codes(f
     measured = Histogram(
         counts=tuple(COUNTS), **({"log_levels": 4} if site == HYBRID else {"tau": 2 if has_tau else mini_codes().tau})
     )
-    assert table[METHOD].counts.layers == variants(MINI, W4A4, {site: measured})[METHOD].counts.layers
-    assert table[METHOD].counts.layers != variants(MINI, W4A4)[METHOD].counts.layers
+    assert table[METHOD].counts.layers == variants(MINI, PAPER, {site: measured})[METHOD].counts.layers
+    assert table[METHOD].counts.layers != variants(MINI, PAPER)[METHOD].counts.layers
 
 
 @pytest.mark.parametrize(
@@ -134,13 +136,14 @@ def test_a_histogram_in_every_form_is_used_in_every_variant_that_has_its_codes(f
     ],
 )
 def test_a_histogram_that_cannot_be_used_is_refused(site: str, histogram: Any, sentence: str) -> None:
-    with pytest.raises(InputError, match=sentence):
-        variants(MINI, W4A4, {site: histogram})
+    for grid_bits in (0, 8):
+        with pytest.raises(InputError, match=sentence):
+            variants(MINI, W4A4, {site: histogram}, grid_bits=grid_bits)
 
 
 @pytest.fixture(scope="module")
 def on_grid() -> Comparison:
-    return compare(variants(VIT_L, W4A4, grid_bits=8), ZCU102)
+    return compare(variants(VIT_L, PAPER, grid_bits=8), ZCU102)
 
 
 def test_the_grid_lies_between_uniform_codes_and_the_papers_form(on_grid: Comparison, comparison: Comparison) -> None:
@@ -161,7 +164,7 @@ def test_the_grid_lies_between_uniform_codes_and_the_papers_form(on_grid: Compar
 
 def test_on_the_grid_measured_codes_change_nothing_but_the_other_form() -> None:
     codes = {HYBRID: {"counts": COUNTS, "log_levels": 4}}
-    measured, assumed = (variants(MINI, W4A4, c, grid_bits=8) for c in (codes, None))
+    measured, assumed = (variants(MINI, PAPER, c, grid_bits=8) for c in (codes, None))
     assert measured[METHOD].counts.layers == assumed[METHOD].counts.layers
     assert measured[TWO_PATH].counts.measured_sites == measured[METHOD].counts.measured_sites == 1
     assert measured[TWO_PATH].counts.layers != assumed[TWO_PATH].counts.layers
@@ -191,7 +194,7 @@ def test_sensitivities_cover_every_constant_and_come_sorted(table: dict[str, Var
 
 
 def test_more_zero_codes_cost_less_energy() -> None:
-    rows = {row.name: row for row in code_sensitivities(variants(MINI, W4A4, grid_bits=0), ZCU102)}
+    rows = {row.name: row for row in code_sensitivities(variants(MINI, PAPER), ZCU102)}
     zero = rows["share of HLUQ codes that are zero"]
     assert zero.energy_halved < zero.energy_ratio.value < zero.energy_doubled
     plain = variants(MINI, QuantConfig(hluq=False, cag=False, agq=False))
