@@ -14,6 +14,9 @@ import pytest
 # and check it themselves. The hook stands before the imports that it is for.
 CHECKED = ("layers", "convolutions", "encoders", "heads", "sam", "segmenter", "preprocessing")
 jaxtyping.install_import_hook([f"sam_flax.{name}" for name in CHECKED], "beartype.beartype")
+# (`Quantizer`, in the signatures of most other modules of ahcptq_jax, is a protocol that cannot be checked.)
+CHECKED_QUANTIZATION = ("reconstruction.adaround", "transforms.bimodal")
+jaxtyping.install_import_hook([f"ahcptq_jax.{name}" for name in CHECKED_QUANTIZATION], "beartype.beartype")
 
 from sam_flax import SamConfig
 from sam_flax.encoders import vit
