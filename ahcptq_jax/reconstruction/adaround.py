@@ -63,7 +63,7 @@ def hard_codes(
 
 
 def regularizer(
-    alpha: Float[Array | np.ndarray, "*shape"], beta: Float[Array | np.ndarray, ""] | float
+    alpha: Float[Array | np.ndarray, "*shape"], beta: Float[Array | np.ndarray, ""] | float | int
 ) -> Float[Array, "*shape"]:
     """The penalty ``1 - |2 h(alpha) - 1|^beta`` of each weight: 0 where it is decided, 1 where it is half-way.
 

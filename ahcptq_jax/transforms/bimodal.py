@@ -48,7 +48,9 @@ class Density:
         return len(self.peaks) == 2
 
 
-def estimate_density(values: Float[Array | np.ndarray, "..."], max_samples: int | None = MAX_SAMPLES) -> Density:
+def estimate_density(
+    values: Float[Array | np.ndarray, "..."] | Sequence[float], max_samples: int | None = MAX_SAMPLES
+) -> Density:
     """Gaussian kernel density with Scott's bandwidth on 128 points, and its peaks.
 
     Args:
@@ -77,7 +79,9 @@ def estimate_density(values: Float[Array | np.ndarray, "..."], max_samples: int 
     return Density(grid, density, peaks)
 
 
-def is_bimodal(values: Float[Array | np.ndarray, "..."], max_samples: int | None = MAX_SAMPLES) -> bool:
+def is_bimodal(
+    values: Float[Array | np.ndarray, "..."] | Sequence[float], max_samples: int | None = MAX_SAMPLES
+) -> bool:
     """Whether the values have exactly two peaks; see ``estimate_density``."""
     return estimate_density(values, max_samples).is_bimodal
 
