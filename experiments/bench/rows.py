@@ -3,6 +3,7 @@
 A row is prepared once and then run as often as it is asked to; see `serve` for how a process is spoken to.
 """
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -321,7 +322,8 @@ def serve(name: str, peer: str, toy: bool, requests: TextIO, answers: TextIO) ->
     row = next(row for row in ROWS if row.name == name)
     # What compiling costs is part of the table.
     jax.config.update("jax_enable_compilation_cache", False)
-    work = (row.peers[peer] if peer else row.prepare)(toy)
+    with contextlib.redirect_stdout(sys.stderr):  # exporters print
+        work = (row.peers[peer] if peer else row.prepare)(toy)
     clock = CompileClock()
     timed(work.run)
     answer({"compile_seconds": clock.seconds()})
