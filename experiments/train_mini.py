@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
         log_every=FLAGS.log_every,
         eval_every=FLAGS.eval_every,
         save_minutes=FLAGS.save_minutes,
-        minutes=FLAGS.joint_minutes,
+        minutes=FLAGS.minutes,
         losses=LossWeights(dice=FLAGS.dice, dense=FLAGS.dense, second=FLAGS.second),
     )
     start = load_params(FLAGS.start)[1] if FLAGS.start else None
@@ -119,7 +119,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("warm_steps", 150, "Steps of the decoder on resting features.")
     flags.DEFINE_integer("joint_steps", 6000, "Steps of joint training.")
     flags.DEFINE_float("rate", 1e-3, "Peak learning rate of the joint phase.")
-    flags.DEFINE_float("joint_minutes", 0.0, "Minutes of joint training, instead of its steps; 0: by steps.")
+    flags.DEFINE_float(
+        "minutes", 0.0, "Minutes of training, compiling included, instead of --joint_steps; 0: by steps."
+    )
     flags.DEFINE_bool("frozen_encoder", False, "Leave the image encoder as it is.")
     flags.DEFINE_list("object_sizes", ["0.03", "0.9"], "Least and largest object, as shares of the canvas.")
     flags.DEFINE_float("smallest_fit", 0.7, "Least scale of an image, as a share of the one that fits it in.")

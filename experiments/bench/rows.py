@@ -138,8 +138,8 @@ def _runtimes(config: SamConfig) -> dict[str, Callable[[bool], Work]]:
     return {name: partial(prepare, run=run) for name, run in peers.RUNTIMES.items()}
 
 
-def _onnx_encoder(config: SamConfig, bits: int | None) -> Callable[[bool], Work]:
-    """Our own export in ONNX Runtime, at so many bits, or in floating point."""
+def _onnx_encoder(config: SamConfig, bits: int | None, vnni: bool = False) -> Callable[[bool], Work]:
+    """Our own export in ONNX Runtime, at so many bits, or in floating point; `vnni` as `export_onnx` takes it."""
 
     def prepare(toy: bool) -> Work:
         if export_onnx is None:
@@ -151,7 +151,7 @@ def _onnx_encoder(config: SamConfig, bits: int | None) -> Callable[[bool], Work]
         if bits is not None:
             model = random_quantized(chosen, params, QuantConfig(w_bits=bits, a_bits=bits))
         with tempfile.TemporaryDirectory() as folder:
-            export_onnx(model, folder)
+            export_onnx(model, folder, vnni=vnni)
             return Work(peers.onnxruntime_run(Path(folder) / "encoder.onnx", chosen.img_size))
 
     return prepare
@@ -248,6 +248,7 @@ ROWS = (
     Row("onnx_b", "SAM-B image encoder, our ONNX file in ONNX Runtime", _onnx_encoder(VIT_B, None), _runtimes(VIT_B)),
     Row("onnx_b_w4a4", "the same at W4A4", _onnx_encoder(VIT_B, 4), _runtimes(VIT_B)),
     Row("onnx_b_w8a8", "the same at W8A8", _onnx_encoder(VIT_B, 8), _runtimes(VIT_B)),
+    Row("onnx_b_w8a8_vnni", "the same for processors with VNNI", _onnx_encoder(VIT_B, 8, True), _runtimes(VIT_B)),
     Row(
         "hluq_search",
         "HLUQ search, one batch, 4096x3072 -> 768, 9 candidates, 2048 rows drawn as in calibration",

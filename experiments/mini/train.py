@@ -35,7 +35,8 @@ class RunSettings:
         eval_every: steps between its scores; 0: none.
         eval_batches: batches that these are taken on.
         save_minutes: between saved states.
-        minutes: of the joint phase, whose length then follows from the speed of its first steps; 0: by its steps.
+        minutes: of the whole command, compiling included: the length of the joint phase follows from the speed of its
+            steps; 0: by its steps.
         losses: weights of the losses.
     """
 
@@ -73,6 +74,7 @@ def train(
         sources: where each of them comes from.
         start: weights to start from instead of random ones, without training heads.
     """
+    begun = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     sam = Sam(config)
     params = init_params(sam, run.seed) if start is None else with_auxiliary(start, config, run.seed)
@@ -87,7 +89,7 @@ def train(
     evaluate = make_curve(sam, batches, precision)
     steps: dict[str, Step] = {}
     key, total = jax.random.fold_in(jax.random.key(run.seed), 7), schedule.total
-    log, clock = _Log(out / "curve.jsonl"), _Clock(schedule, run.minutes)
+    log, clock = _Log(out / "curve.jsonl"), _Clock(schedule, run.minutes, begun)
     saved = time.monotonic()
     done = int(state.step)
     while done < total:
@@ -112,24 +114,31 @@ def train(
 
 
 class _Clock:
-    """Sets the length of the joint phase by its first steps, where it is given in minutes."""
+    """Sets the length of the joint phase by the mean time of its steps, where the command's minutes are given.
 
-    FIRST, MEASURED = 20, 200  # steps of the joint phase after which the clock starts, and is read
+    A lent accelerator is taken away at a set time, however long compiling took, and a run that was not annealed is
+    worth little: so the end is estimated anew at every `EVERY` steps.
+    """
 
-    def __init__(self, schedule: Schedule, minutes: float):
-        self._start, self._minutes, self._begun = schedule.joint_start, minutes, 0.0
+    FIRST, EVERY = 20, 200  # steps of the joint phase before the clock starts, and between its readings
+
+    def __init__(self, schedule: Schedule, minutes: float, begun: float):
+        self._start, self._minutes = schedule.joint_start, minutes
+        self._end, self._since = begun + 60 * minutes, 0.0
 
     def total(self, done: int, total: int, metrics: dict[str, jax.Array]) -> int:
         """The number of steps of the whole run, after `done` of them."""
-        if not self._minutes or done - self._start not in (self.FIRST, self.MEASURED):
+        joint = done - self._start
+        if not self._minutes or joint < self.FIRST:
             return total
-        jax.block_until_ready(metrics)
-        if done - self._start == self.FIRST:
-            self._begun = time.monotonic()
-        elif self._begun:
-            step_seconds = (time.monotonic() - self._begun) / (self.MEASURED - self.FIRST)
-            total = self._start + max(self.MEASURED, int(60 * self._minutes / step_seconds))
-            print(f"{1 / step_seconds:.1f} steps a second: {total} steps in all")
+        if (joint - self.FIRST) % self.EVERY == 0:
+            jax.block_until_ready(metrics)
+            now = time.monotonic()
+            if joint == self.FIRST:
+                self._since = now
+            else:  # scores and saved states are part of a step's mean time
+                step_seconds = (now - self._since) / (joint - self.FIRST)
+                total = done + max(1, int((self._end - now) / step_seconds))
         return total
 
 

@@ -37,7 +37,12 @@ class Operand:
 
     @property
     def zero(self) -> int:
-        return int(np.asarray(self.quantizer.zero_point).reshape(()))
+        return int(np.asarray(self.quantizer.zero_point).reshape(())) - self.middle
+
+    @property
+    def middle(self) -> int:
+        """What levels of 8 bits are less than their codes, to fit into int8."""
+        return 128 if self.dtype == INT8 and self.quantizer.bits == 8 else 0
 
     def renamed(self, name: str) -> Operand:
         return dataclasses.replace(self, name=name)
@@ -51,10 +56,15 @@ class Operand:
         return self.name if self.quantizer is None else decode(graph, Coded(self.name, self.zero, self.scale))
 
 
-def operand_of_levels(graph: Graph, levels: str, quantizer: Any, right: bool) -> Operand:
-    """An operand of uint8 levels, cast if it is to be the right factor of a product."""
-    dtype = right_type(quantizer.bits) if right else UINT8
-    return Operand(graph.node("Cast", levels, to=dtype) if dtype != UINT8 else levels, dtype, quantizer)
+def operand_of_levels(context: Context, levels: str, quantizer: Any, right: bool) -> Operand:
+    """An operand of uint8 levels, made int8 if it is to be the right factor of a product that takes such."""
+    graph, dtype = context.graph, right_type(quantizer.bits, context.model.vnni) if right else UINT8
+    if dtype == UINT8:
+        return Operand(levels, dtype, quantizer)
+    if quantizer.bits == 8:
+        # The highest bit turned is 128 less, once the bits are read as int8.
+        levels = graph.node("BitwiseXor", levels, graph.constant(128, np.uint8))
+    return Operand(graph.node("Cast", levels, to=dtype), dtype, quantizer)
 
 
 def sites_of(context: Context, path: str) -> Sites:
@@ -172,13 +182,13 @@ def _project(context: Context, x: str, path: str, sites: Sites, dim: int) -> tup
 
         whole = on_levels(context, sites)
         operands = [
-            operand_of_levels(graph, name, quantizer, right=whole and site != "q")
+            operand_of_levels(context, name, quantizer, right=whole and site != "q")
             for name, quantizer, site in zip(names, quantizers, "qkv", strict=True)
         ]
 
         def padding_codes(part: int) -> str:
             codes = np.clip(np.round(bias[part] / scales[part]) + zeros[part], 0, 2 ** quantizers[part].bits - 1)
-            return graph.constant(codes, np.int8 if operands[part].dtype == INT8 else np.uint8)
+            return graph.constant(codes - operands[part].middle, np.int8 if operands[part].dtype == INT8 else np.uint8)
 
         return operands, padding_codes
 
@@ -299,7 +309,7 @@ def decoder_attention(context: Context, q: str, k: str, v: str, path: str) -> st
         operand = Operand(y)
         if is_uniform(sites.get(site)) and on_levels(context, sites):
             coded = encode(graph, y, sites[site], f"{path}/{site}")
-            operand = operand_of_levels(graph, coded.levels, sites[site], right=site != "q")
+            operand = operand_of_levels(context, coded.levels, sites[site], right=site != "q")
         elif site in sites:
             operand = Operand(rounded(context, y, sites[site], f"{path}/{site}"))
         apart = graph.reshape(operand.name, 0, 0, heads, inner // heads)

@@ -102,13 +102,13 @@ def round_to_levels(graph: Graph, x: str, step: float, zero: int, most: int, nam
     return graph.node("Min", levels, graph.constant(most, np.uint8), name=name) if bounded else levels
 
 
-def right_type(bits: int) -> int:
+def right_type(bits: int, vnni: bool) -> int:
     """The type of levels of `bits` bits as the right factor of `MatMulInteger`.
 
-    int8, for which products are fast, up to 7 bits. At 8 it is uint8: processors with AVX2 and without VNNI add
-    products of uint8 and int8 in pairs of 16 bits, which 8-bit levels would overflow.
+    int8, for which products are fast, up to 7 bits. At 8 it is uint8 unless the processor has VNNI: those with AVX2
+    alone add products of uint8 and int8 in pairs of 16 bits, which 8-bit levels would overflow.
     """
-    return UINT8 if bits == 8 else INT8
+    return UINT8 if bits == 8 and not vnni else INT8
 
 
 def _uniform(graph: Graph, x: str, quantizer: Any, name: str) -> Coded:

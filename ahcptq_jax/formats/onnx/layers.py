@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from ahcptq_jax.architectures.sites import flatten
-from ahcptq_jax.formats.onnx.encoding import Coded, check_plain, decode, encode, is_uniform, quantize_dequantize
+from ahcptq_jax.formats.onnx.encoding import (
+    Coded,
+    check_plain,
+    decode,
+    encode,
+    is_uniform,
+    quantize_dequantize,
+    right_type,
+)
 from ahcptq_jax.formats.onnx.graph import FLOAT, INT8, Graph
 from ahcptq_jax.quantizers.base import Quantizer
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
@@ -30,6 +38,7 @@ class Model:
         part_bytes: attention maps larger than this, in bytes, are made in parts.
         plain: quantized tensors are rounded to values by `QuantizeLinear` and `DequantizeLinear`, and products are of
             floats; a compiler may make integers of them.
+        vnni: 8-bit right factors of products are int8; see `encoding.right_type`.
     """
 
     config: SamConfig
@@ -38,9 +47,10 @@ class Model:
     activations: Mapping[str, Quantizer]
     part_bytes: int
     plain: bool = False
+    vnni: bool = False
 
     @classmethod
-    def of(cls, model: Quantized | SamModel, part_bytes: int, plain: bool = False) -> Model:
+    def of(cls, model: Quantized | SamModel, part_bytes: int, plain: bool = False, vnni: bool = False) -> Model:
         """The parts of a quantized model, or of one in floating point.
 
         Raises:
@@ -52,7 +62,7 @@ class Model:
         if isinstance(model, Quantized):
             if plain:
                 check_plain(model.activations, {weight.bits for weight in model.weights.values()})
-            return cls(config, params, model.weights, model.activations, part_bytes, plain)
+            return cls(config, params, model.weights, model.activations, part_bytes, plain, vnni)
         return cls(config, params, {}, {}, part_bytes)
 
 
@@ -115,18 +125,18 @@ def rescaled_product(context: Context, left: Coded, right: tuple[str, str], scal
     return y if bias is None else graph.node("Add", y, graph.constant(bias))
 
 
-def weight_levels(graph: Graph, weight: QuantizedWeight, path: str) -> tuple[str, str]:
+def weight_levels(context: Context, weight: QuantizedWeight, path: str) -> tuple[str, str]:
     """A kernel's codes (in, out) as the right factor of `MatMulInteger`, and their zero points (out,).
 
-    Up to 4 bits they are kept in 4 bits and cast where they are used; up to 7 bits they are int8, and above uint8; see
-    `encoding.right_type`.
+    Up to 4 bits they are kept in 4 bits and cast where they are used; wider ones are of `encoding.right_type`.
     """
+    graph = context.graph
     codes = np.asarray(weight.codes()).reshape(-1, weight.shape[-1])
     zero = np.round(np.asarray(weight.zero_point)).astype(np.int16)
     if weight.bits <= 4:
         levels = graph.node("Cast", graph.four_bits(codes, f"{path}/codes"), to=INT8, name=f"{path}/kernel")
         return levels, graph.constant(zero, np.int8, f"{path}/zero")
-    if weight.bits < 8:
+    if right_type(weight.bits, context.model.vnni) == INT8:
         # Around zero, so that pairs of products fit in 16 bits.
         middle = 2 ** (weight.bits - 1)
         levels = graph.constant(codes.astype(np.int16) - middle, np.int8, f"{path}/codes")
@@ -173,7 +183,7 @@ def float_kernel(context: Context, path: str, out_scale: Any = 1.0) -> str:
         codes = np.asarray(weight.codes()).reshape(-1, weight.shape[-1])
         zero = graph.four_bits(np.round(np.asarray(weight.zero_point)), f"{path}/zero")
         return graph.node("DequantizeLinear", graph.four_bits(codes, f"{path}/codes"), scale, zero, axis=1)
-    levels, zero = weight_levels(graph, weight, path)
+    levels, zero = weight_levels(context, weight, path)
     return graph.node("DequantizeLinear", levels, scale, zero, axis=1)
 
 
@@ -187,7 +197,7 @@ def product_of_levels(
         centred = codes - np.asarray(weight.zero_point, np.float64)
         share = np.broadcast_to(np.asarray(coded.offset, np.float64), centred.shape[:1]) @ centred
         out_bias = (out_bias + share * scale).astype(np.float32)
-    right = weight_levels(context.graph, weight, path)
+    right = weight_levels(context, weight, path)
     bias = np.broadcast_to(np.asarray(out_bias, np.float32), scale.shape)
     return rescaled_product(context, coded, right, scale * np.float32(coded.step), bias if bias.any() else None)
 

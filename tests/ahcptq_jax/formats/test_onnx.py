@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,35 @@ def test_a_quantized_model_gives_the_same_masks(quantized, tmp_path, w_bits, a_b
     _, logits, quality = ours(chosen, given, jnp.asarray(found["image_embeddings"].transpose(0, 2, 3, 1)))
     assert ((found["low_res_masks"][:, 1:] > 0) == (logits > 0)).mean() >= 0.999
     assert np.isclose(found["iou_predictions"][:, 1:], quality, atol=1e-3).mean() >= 0.75
+
+
+def has_vnni():
+    """Whether this processor adds four products of bytes in 32 bits."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "vnni" in flags or "asimddp" in flags
+
+
+@pytest.mark.skipif(not has_vnni(), reason="Products of uint8 and int8 overflow on processors without VNNI.")
+def test_int8_factors_change_no_bit(quantized, tmp_path):
+    chosen = with_widths(quantized, 8, 8)
+    export_onnx(chosen, tmp_path / "anywhere")
+    export_onnx(chosen, tmp_path / "vnni", vnni=True)
+    types = {
+        name: {
+            t.data_type
+            for t in onnx.load(tmp_path / name / "encoder.onnx").graph.initializer
+            if "kernel" in t.name or "codes" in t.name
+        }
+        for name in ("anywhere", "vnni")
+    }
+    assert onnx.TensorProto.INT8 in types["vnni"] - types["anywhere"]
+    given = prompts(chosen.config)
+    anywhere, vnni = run(tmp_path / "anywhere", given), run(tmp_path / "vnni", given)
+    for name, value in anywhere.items():
+        np.testing.assert_array_equal(value, vnni[name])
 
 
 def expected_levels(quantized, site, codes):
