@@ -2,6 +2,7 @@
 
 from ahcptq_jax.api import quantize as quantize
 from ahcptq_jax.api import quantize_reconstructed as quantize_reconstructed
+from ahcptq_jax.calibration.sources import ImageFolder as ImageFolder
 from ahcptq_jax.config import METHODS as METHODS
 from ahcptq_jax.config import W4A4 as W4A4
 from ahcptq_jax.config import W5A5 as W5A5

@@ -1,6 +1,7 @@
 """`quantize`: from a floating-point segmenter and a few images to a `Quantized` one, with or without reconstruction."""
 
 import dataclasses
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,8 +26,8 @@ from sam_flax.sam import Params
 
 def quantize(
     params: Params,
-    calib: Iterable[Any],
-    config: QuantConfig = W4A4,
+    calib: Any,
+    config: QuantConfig | str = W4A4,
     *,
     sam: Any = None,
     reconstruction: ReconstructionConfig | None = None,
@@ -40,9 +41,13 @@ def quantize(
 
     Args:
         params: its parameters, as `sam_flax.load_sam` returns them.
-        calib: images as (H, W, 3) uint8 arrays, each alone or as (image, boxes) with boxes (N, 4) as x0, y0, x1, y1
-            in pixels of that image. An image alone is prompted with the box that covers it. 32 images are usual.
-        config: bits, rules and switches.
+        calib: images, 32 of them usually: a list, generator or other iterable of (H, W, 3) uint8 arrays, Pillow
+            images or paths of files, each alone or as (image, boxes) with boxes (N, 4) as x0, y0, x1, y1 in pixels of
+            that image; or the path of a folder; or an `ImageFolder`, with the boxes of a COCO file if there is one. An
+            image alone is prompted with the box that covers it. `sam_flax.files.images` says how gray, palette, CMYK,
+            16-bit, transparent and rotated pictures become RGB.
+        config: bits, rules and switches; or "w4a4" and the like for these bits with every part of the method, the
+            digits being the widths of weights and activations.
         sam: the module. By default it is that of the configuration which the parameters of `load_sam` carry.
         reconstruction: how to learn rounding and scales, for example `ReconstructionConfig(iterations=200)`; None
             leaves the calibration as it is.
@@ -59,11 +64,13 @@ def quantize(
         The quantized model, which `sam_flax.SamPredictor` takes as it is.
 
     Raises:
+        FileNotFoundError: if a path in `calib` leads nowhere.
         InputError: if the parameters are no known model's, or not finite, or do not fit `sam`; if a calibration image
             or box is unusable; or if a configuration is none.
         ValueError: if a file in `state_dir` is damaged or another run's.
     """
-    _check_configurations(config, reconstruction)
+    config = _configuration(config)
+    _check_reconstruction(reconstruction)
     if remainder not in ("fp16", "fp32"):
         raise InputError(f"remainder={remainder!r} must be 'fp16' or 'fp32'.")
     sam = check_model(sam, params)
@@ -108,13 +115,26 @@ def quantize_reconstructed(
     return quantize(params, calib, config, sam=sam, reconstruction=reconstruction, **options)
 
 
-def _check_configurations(config: Any, reconstruction: Any) -> None:
-    """Raises InputError unless both are what their names say."""
+def _configuration(config: Any) -> QuantConfig:
+    """The configuration that `quantize` was given, or that a text such as "w4a4" names; InputError if it is neither."""
+    if isinstance(config, str):
+        widths = re.fullmatch(r"w([2-8])a([2-8])", config.strip().lower())
+        if widths is None:
+            raise InputError(
+                f"config={config!r} names no widths; write 'w4a4', with widths from 2 to 8, or for a method by name give "
+                "QuantConfig(**METHODS[name])."
+            )
+        return QuantConfig(w_bits=int(widths[1]), a_bits=int(widths[2]))
     if not isinstance(config, QuantConfig):
         raise InputError(
-            f"config must be an ahcptq_jax.QuantConfig, such as W4A4, but is a {type(config).__name__}; for a method "
-            "by name give QuantConfig(**METHODS[name])."
+            f"config must be an ahcptq_jax.QuantConfig, such as W4A4, or a text such as 'w4a4', but is a "
+            f"{type(config).__name__}; for a method by name give QuantConfig(**METHODS[name])."
         )
+    return config
+
+
+def _check_reconstruction(reconstruction: Any) -> None:
+    """Raises InputError unless it is a configuration of reconstruction, or None."""
     if reconstruction is not None and not isinstance(reconstruction, ReconstructionConfig):
         raise InputError(
             "reconstruction must be an ahcptq_jax.ReconstructionConfig, or None for none, but is a "

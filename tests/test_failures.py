@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import ahcptq_jax
-from ahcptq_jax import QuantConfig, ReconstructionConfig, Rule
+from ahcptq_jax import ImageFolder, QuantConfig, ReconstructionConfig, Rule
 from ahcptq_jax.flags import define_flags, values
 from experiments import sweep
 from experiments.job.command import finish, parse_flags
@@ -85,7 +85,8 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "unknown part": (lambda: ReconstructionConfig(parts=("x",)), "parts has 'x'"),
     "rate not finite": (lambda: ReconstructionConfig(scale_rate=float("nan")), "scale_rate=nan"),
     "rule that is no pattern": (lambda: Rule("("), "("),
-    "config as text": (lambda tiny: quantize(tiny, config="x"), "config"),
+    "config as text": (lambda tiny: quantize(tiny, config="x"), "config='x' names no widths"),
+    "config of 9 bits": (lambda tiny: quantize(tiny, config="w9a4"), "config='w9a4' names no widths"),
     "config of nothing": (lambda tiny: quantize(tiny, config=None), "config must be"),
     "parameters of nothing": (lambda tiny: quantize(tiny, params=None), "params must be the nested parameters"),
     "parameters of another kind": (lambda tiny: quantize(tiny, params={"a": 1}), "params must be"),
@@ -93,6 +94,14 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "module of nothing": (lambda tiny: quantize(tiny, sam=tiny[1]), "sam must be a module"),
     "no images": (lambda tiny: quantize(tiny, calib=[]), "no calibration images"),
     "images of a number": (lambda tiny: quantize(tiny, calib=3), "calib"),
+    "images as a mapping": (lambda tiny: quantize(tiny, calib={"a": IMAGE}), "calib must be images"),
+    "folder without images": (lambda tiny: quantize(tiny, calib=DATA), "holds no image files"),
+    "path to no image": (lambda tiny: quantize(tiny, calib=DATA / "none.png"), "none.png"),
+    "file that is no image": (lambda tiny: quantize(tiny, calib=[TINY]), "sam_tiny_s0.pth is not an image"),
+    "32-bit picture": (lambda tiny: quantize(tiny, calib=Image.new("F", (9, 9))), "32 bits per pixel"),
+    "absent folder": (lambda tiny: quantize(tiny, calib=ImageFolder("absent")), "The image folder absent"),
+    "limit of nothing": (lambda tiny: quantize(tiny, calib=ImageFolder(DATA, limit=0)), "limit=0"),
+    "annotations that are no JSON": (lambda tiny: quantize(tiny, calib=ImageFolder(DATA, TINY)), "as JSON"),
     "image of floats": (lambda tiny: quantize(tiny, calib=[IMAGE.astype(float)]), "alibration"),
     "image without pixels": (lambda tiny: quantize(tiny, calib=[IMAGE[:0]]), "alibration"),
     "box of text": (lambda tiny: quantize(tiny, calib=[(IMAGE, "x")]), "alibration item 0"),

@@ -1,12 +1,12 @@
 """Calibration images: checked, moved to the model's canvas, and each with the same number of boxes as prompts."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
+from ahcptq_jax.calibration.sources import items_of
 from ahcptq_jax.config import QuantConfig
 from sam_flax import preprocessing
 from sam_flax.errors import InputError
@@ -25,16 +25,20 @@ class CalibrationImage:
     boxes: Float32[np.ndarray, "p 4"]
 
 
-def prepare_images(calib: Iterable[Any], sam: Any, config: QuantConfig) -> list[CalibrationImage]:
+def prepare_images(calib: Any, sam: Any, config: QuantConfig) -> list[CalibrationImage]:
     """Checks all calibration items and moves them to the canvas; see `prepare`.
 
+    Args:
+        calib: what `sources.items_of` takes.
+        sam: the module, whose configuration has the canvas and the pixel statistics.
+        config: says how many prompts an image gets, and the seed that chooses them.
+
     Raises:
+        FileNotFoundError: if a path leads nowhere.
         InputError: if there are none, or one is unusable.
     """
-    if not isinstance(calib, Iterable):
-        raise InputError(f"calib must be an iterable of images but is a {type(calib).__name__}; pass a list.")
     rng = np.random.default_rng(config.seed)
-    items = [prepare(i, item, sam, config, rng) for i, item in enumerate(calib)]
+    items = [prepare(i, item, sam, config, rng) for i, item in enumerate(items_of(calib))]
     if not items:
         raise InputError("There are no calibration images; give at least one, 32 are usual.")
     return items

@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 from pycocotools.coco import COCO
 
-from experiments.coco.boxes import Corners, without_area
 from experiments.coco.documents import file_name, parse_instances
 from experiments.coco.masks import run_lengths
-from experiments.coco.values import read_json
 from sam_flax.errors import InputError
+from sam_flax.files.coco_boxes import Corners, without_area
 from sam_flax.files.images import image_to_rgb, read_image
+from sam_flax.files.json_values import read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from pycocotools import mask as mask_utils
 
-from experiments.coco.boxes import Corners, clip_box, far_from_masks, misreading, parse_box
 from experiments.coco.masks import box_around, check_segmentation, run_lengths
-from experiments.coco.values import is_integer, is_number
 from sam_flax.errors import InputError
+from sam_flax.files.coco_boxes import Corners, clip_box, far_from_masks, misreading, parse_box
+from sam_flax.files.json_values import is_integer, is_number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

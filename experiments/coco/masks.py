@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from experiments.coco.values import is_integer, is_number
 from sam_flax.errors import InputError
+from sam_flax.files.json_values import is_integer, is_number
 
 
 def check_segmentation(segmentation: Any, width: int, height: int, name: str) -> Any:

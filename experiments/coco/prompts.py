@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.coco.boxes import XYWH, Corners, clip_box, misreading, parse_box, without_area
 from experiments.coco.dataset import CocoDataset
-from experiments.coco.values import is_integer, is_number, read_json
 from sam_flax.errors import InputError
+from sam_flax.files.coco_boxes import XYWH, Corners, clip_box, misreading, parse_box, without_area
+from sam_flax.files.json_values import is_integer, is_number, read_json
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

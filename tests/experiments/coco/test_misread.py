@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from experiments import coco
-from experiments.coco.boxes import misreading
 from sam_flax.errors import InputError
+from sam_flax.files.coco_boxes import misreading
 
 CASES = Path(__file__).parents[4] / "shared" / "cases"
 WIDTH, HEIGHT = 100, 80

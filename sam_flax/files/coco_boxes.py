@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.coco.values import is_number
 from sam_flax.errors import InputError
+from sam_flax.files.json_values import is_number
 
 XYWH = tuple[float, float, float, float]  # as COCO writes a box, in pixels
 Corners = tuple[float, float, float, float]  # (x0, y0, x1, y1) in pixels

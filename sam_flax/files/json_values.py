@@ -15,7 +15,7 @@ def read_json(path: Path, flag: str, expected: str) -> Any:
 
     Args:
       path: the file.
-      flag: name of the command-line flag behind it, for messages.
+      flag: name of the command-line flag or argument behind it, for messages.
       expected: what kind of file belongs there, for messages.
 
     Raises:
