@@ -121,7 +121,7 @@ def _configuration(config: Any) -> QuantConfig:
         widths = re.fullmatch(r"w([2-8])a([2-8])", config.strip().lower())
         if widths is None:
             raise InputError(
-                f"config={config!r} names no widths; write 'w4a4', with widths from 2 to 8, or for a method by name give "
+                f"config={config!r} names no widths; write 'w4a4', each from 2 to 8, or for a method by name give "
                 "QuantConfig(**METHODS[name])."
             )
         return QuantConfig(w_bits=int(widths[1]), a_bits=int(widths[2]))

@@ -19,6 +19,7 @@ from sam_flax.errors import InputError
 # Flags belong to the module that calls `define_flags`, so that --help of its command lists them.
 flags.disclaim_key_flags()
 
+PRESETS = Path(__file__).parent / "presets"
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
@@ -80,7 +81,8 @@ def with_flag_files(arguments: Sequence[str]) -> list[str]:
 
     A flag file has one flag a line; lines that begin with # or // are comments, and a flag file may name others. It may
     be written by any editor: in UTF-8 or UTF-16, with a byte order mark or without, with either kind of line end; a
-    value may stand in quotes, as on a shell's command line. (absl's own reader takes bare UTF-8 alone.)
+    value may stand in quotes, as on a shell's command line. (absl's own reader takes bare UTF-8 alone.) A bare name that
+    is no file here is looked for among those that come with this package, in `ahcptq_jax/presets`.
 
     Args:
         arguments: the command line, the program's name first.
@@ -101,10 +103,16 @@ def _expanded(arguments: Sequence[str], inside: tuple[Path, ...]) -> Iterator[st
         elif name not in ("--flagfile", "-flagfile"):
             yield argument
         else:
-            path = Path(value if equals else next(rest, ""))
+            path = _found(Path(value if equals else next(rest, "")))
             if path in inside:
                 raise InputError(f"The flag file {path} names itself with --flagfile; remove that line.")
             yield from _expanded(list(_lines(path)), (*inside, path))
+
+
+def _found(path: Path) -> Path:
+    """The file, or that of the same name that comes with this package."""
+    preset = PRESETS / path
+    return preset if len(path.parts) == 1 and not path.exists() and preset.is_file() else path
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -123,7 +131,8 @@ def _text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"The flag file {path} cannot be read ({error.strerror}); give an existing file with --flagfile."
+            f"The flag file {path} cannot be read ({error.strerror}); give an existing file with --flagfile, or one of "
+            f"{', '.join(sorted(preset.name for preset in PRESETS.glob('*.flags')))}."
         ) from error
     encoding, skip = next(((name, len(mark)) for mark, name in _MARKS.items() if data.startswith(mark)), ("", 0))
     if not encoding:

@@ -56,8 +56,8 @@ def items_of(calib: Any) -> Iterator[Any]:
         calib = [calib]
     if not isinstance(calib, Iterable) or isinstance(calib, bytes | Mapping):
         raise InputError(
-            f"calib must be images, the path of a folder or an ImageFolder but is a {type(calib).__name__}; pass a list "
-            "of images."
+            f"calib must be images, the path of a folder or an ImageFolder but is a {type(calib).__name__}; pass a "
+            "list of images."
         )
     for item in calib:
         if isinstance(item, tuple | list) and len(item) == 2:

@@ -94,3 +94,13 @@ def test_file_names_that_are_not_utf8_pass(tmp_path: Path) -> None:
 def test_files_of_real_reports(name: str) -> None:
     expected = ["--method=fp", "--num_scenes=1", "--noblank"]
     assert with_flag_files(["c", f"--flagfile={CASES / name}"]) == ["c", *expected]
+
+
+def test_a_preset_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = with_flag_files(["c", "--flagfile=w4a4.flags"])
+    assert "--w_bits=4" in shipped and "--method=ahcptq" in shipped
+    (tmp_path / "w4a4.flags").write_text("--name=mine\n")
+    assert with_flag_files(["c", "--flagfile=w4a4.flags"]) == ["c", "--name=mine"]
+    with pytest.raises(InputError, match="or one of w4a4.flags, w5a5.flags, w6a6.flags"):
+        with_flag_files(["c", "--flagfile=w9a9.flags"])
