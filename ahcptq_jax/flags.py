@@ -81,8 +81,8 @@ def with_flag_files(arguments: Sequence[str]) -> list[str]:
 
     A flag file has one flag a line; lines that begin with # or // are comments, and a flag file may name others. It may
     be written by any editor: in UTF-8 or UTF-16, with a byte order mark or without, with either kind of line end; a
-    value may stand in quotes, as on a shell's command line. (absl's own reader takes bare UTF-8 alone.) A bare name that
-    is no file here is looked for among those that come with this package, in `ahcptq_jax/presets`.
+    value may stand in quotes, as on a shell's command line. (absl's own reader takes bare UTF-8 alone.) A bare name
+    that is no file here is looked for among those that come with this package, in `ahcptq_jax/presets`.
 
     Args:
         arguments: the command line, the program's name first.

@@ -11,6 +11,7 @@
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -57,12 +58,16 @@ def kept() -> str:
 
 
 def cli() -> None:
-    """What `python -m experiments.main` runs."""
+    """What `python -m experiments.main` and the command `ahcptq-jax` run."""
     define_flags(Options)
     flags.DEFINE_bool("dry_run", False, "Check every input and print the plan with estimates of time and memory, only.")
     devices.define_flags()
     # Else --help would not show its flags.
     flags.adopt_module_key_flags(devices)
+    if __name__ != "__main__":
+        # absl's --help shows the flags of the program, which is here the script that pip has made.
+        for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     use_compilation_cache()
     keep_pages()
     launch(main)
