@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import textwrap
 from collections import defaultdict
 
 from ahcptq_jax.architectures import architecture_of
@@ -12,6 +13,8 @@ from ahcptq_jax.formats import artefact
 from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.recipe import recipe_of, weight_path
 from ahcptq_jax.runtime.quantized import FILE_FUNCTIONS, Quantized
+
+COLUMNS = 100  # of a terminal that the table fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Rows in the order of the model's paths, and the total; `str()` makes a table of them.
+    """Rows in the order of the model's paths, and the total; `str()` makes a table of 100 columns of them.
 
     Attributes:
         rows: quantized layers and sites, then what stays in floating point, then the file's header.
@@ -60,22 +63,21 @@ class Summary:
         return sum(row.nbytes for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("layer", "shape", "W", "A", "quantizer", "groups", "detail", "bytes")
+        head = ("layer", "shape", "W", "A", "quantizer", "groups", "bytes")
+        places = [_place(row.name) for row in self.rows]
         body = [
             (
-                row.name,
+                f"  {leaf}" if parent else leaf,
                 "x".join(map(str, row.shape)),
                 str(row.w_bits or "-"),
                 str(row.a_bits or "-"),
-                row.kind or "-",
+                f"{row.kind}, {row.detail}" if _short(row.detail) else row.kind or "-",
                 str(row.groups or "-"),
-                row.detail or "-",
                 f"{row.nbytes:,}",
             )
-            for row in self.rows
+            for row, (parent, leaf) in zip(self.rows, places, strict=True)
         ]
-        share = self.nbytes / self.float32_nbytes
-        total = ("total", "", "", "", "", "", f"{share:.3f} of float32 ({self.float32_nbytes:,})", f"{self.nbytes:,}")
+        total = ("total", "", "", "", "", "", f"{self.nbytes:,}")
         widths = [max(map(len, column)) for column in zip(head, *body, total, strict=True)]
         right = {"W", "A", "groups", "bytes"}
 
@@ -87,10 +89,36 @@ class Summary:
             return "  ".join(padded).rstrip()
 
         rule = "-" * len(line(head))
-        table = [line(head), rule, *map(line, body), rule, line(total)]
+        table, section = [line(head), rule], ""
+        for row, (parent, _), cells in zip(self.rows, places, body, strict=True):
+            if parent != section:
+                section = parent
+                table += [parent] if parent else []
+            table.append(line(cells))
+            if row.detail and not _short(row.detail):
+                table += textwrap.wrap(row.detail, COLUMNS, initial_indent="    ", subsequent_indent="    ")
+        share = f"{self.nbytes / self.float32_nbytes:.3f} of float32, which is {self.float32_nbytes:,} bytes"
+        table += [rule, line(total), share]
         if self.unnamed:
-            table.append(f"No rule names these sites, which stay in floating point: {', '.join(self.unnamed)}.")
+            sites = f"No rule names these sites, which stay in floating point: {', '.join(self.unnamed)}."
+            table += textwrap.wrap(sites, COLUMNS, break_long_words=False)
         return "\n".join(table)
+
+
+def _short(detail: str) -> bool:
+    """Whether a detail stands beside the name of its kind; others get a line of their own."""
+    return 0 < len(detail) <= 5
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The part of the model that a row is printed under, and what is left of its name.
+
+    A part is what ends in a number, such as a block; elsewhere it is the first one or two steps of the path.
+    """
+    steps = name.split("/")
+    numbered = [i for i, step in enumerate(steps[:-1]) if re.search(r"_\d+$", step)]
+    depth = numbered[0] + 1 if numbered else min(2, len(steps) - 1)
+    return "/".join(steps[:depth]), "/".join(steps[depth:])
 
 
 def summarize(quantized: Quantized) -> Summary:
@@ -133,7 +161,7 @@ def summarize(quantized: Quantized) -> Summary:
             widest[part] = max(widest[part], 8 * tensor.itemsize)
     rows += [Row(f"{part} (float)", (), widest[part], None, "", 0, "", size) for part, size in sorted(parts.items())]
     header = len(artefact.header_bytes(quantized, tensors, checksums=False))
-    rows.append(Row("header (names, shapes, configuration, checksums)", (), None, None, "", 0, "", header))
+    rows.append(Row("header (names, recipe, checksums)", (), None, None, "", 0, "", header))
     architecture, sam = architecture_of(quantized.sam), quantized.sam
     original = sum(math.prod(shape) for shape in architecture.shapes(sam).values())
     unnamed = recipe_of(architecture, quantized.quant_config).unnamed(architecture.sites(sam))
