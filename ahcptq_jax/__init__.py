@@ -11,7 +11,7 @@ from ahcptq_jax.config import QuantConfig as QuantConfig
 from ahcptq_jax.formats.artefact import load as load
 from ahcptq_jax.formats.artefact import save as save
 from ahcptq_jax.formats.summary import summarize as summarize
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig as ReconstructionConfig
+from ahcptq_jax.reconstruction.config import ReconstructionConfig as ReconstructionConfig
 from ahcptq_jax.rules import Rule as Rule
 from ahcptq_jax.runtime.quantized import Quantized as Quantized
 

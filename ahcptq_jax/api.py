@@ -17,7 +17,7 @@ from ahcptq_jax.calibration.calibrate import Calibrated, calibrate
 from ahcptq_jax.calibration.images import CalibrationImage, prepare_images
 from ahcptq_jax.config import W4A4, QuantConfig
 from ahcptq_jax.formats import artefact
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.run import UnitReport, reconstruct
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax.errors import InputError

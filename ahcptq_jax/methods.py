@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from ahcptq_jax.config import METHODS, QuantConfig
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
 
 _NO_DROP = {"input_drop": 0.0, "activation_drop": 0.0}
 

@@ -14,9 +14,10 @@ from tqdm import tqdm
 from ahcptq_jax.architectures.base import Unit
 from ahcptq_jax.quantizers.searches.grouping import ladder_stages
 from ahcptq_jax.reconstruction import learning
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.folder import StateFolder
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig
 from ahcptq_jax.reconstruction.objectives import Objective
+from ahcptq_jax.reconstruction.regrouping import regroup
 from ahcptq_jax.reconstruction.units import Dataset, Feeder
 
 
@@ -81,7 +82,7 @@ def fit(
             folder.save_partial(unit, state, chunk.first)
             saved = time.monotonic()
         for wanted in chunk.rungs:
-            state = learning.regroup(state, wanted, ending.groups, ending.metric)
+            state = regroup(state, wanted, ending.groups, ending.metric)
         if chunk.first == chunk.last:
             break
         rows = np.resize(drawn[chunk.first : chunk.last], (feed.chunk, config.batch))

@@ -1,4 +1,4 @@
-"""Learning the rounding and the scales of one unit: state, step, regrouping. Pure functions.
+"""Learning the rounding and the scales of one unit: start, iterations, end. Pure functions.
 
 QDrop (arXiv 2203.05740) with AdaRound weights, LSQ scales and the progressive grouping of CAG. One compiled function
 runs any number of iterations of any unit of a shape: the number of iterations is traced, and groups of channels are
@@ -6,7 +6,6 @@ kept in arrays with room for one group per channel.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,118 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ahcptq_jax.architectures.base import GRANULARITIES, PARTS, Operation
+from ahcptq_jax.architectures.base import Operation
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
-from ahcptq_jax.quantizers import Quantizer, Uniform, fake_quant_lsq
+from ahcptq_jax.quantizers import Quantizer, Uniform
 from ahcptq_jax.quantizers.base import MIN_SCALE, straight_through
 from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.quantizers.weights import QuantizedWeight
 from ahcptq_jax.reconstruction import adaround
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
+from ahcptq_jax.reconstruction.drops import dropping, mix
 from ahcptq_jax.reconstruction.objectives import Loss
-from ahcptq_jax.settings import at_least, between, check_settings, finite_from, setting
-from sam_flax.errors import InputError
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params
-
-# Shares of the iterations after which channels are grouped into 8G, 4G, 2G and G (paper, section on CAG).
-REGROUP_AT = (0.2, 0.4, 0.6, 0.8)
-
-PAPER_ITERATIONS = 20000
-PAPER_ROUNDING_RATE = 1e-3
-PAPER_SCALE_RATE = 4e-5
-RELATIVE_SCALE_RATE = 1e-4
-MOST_SCALE_RATE = 0.05
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReconstructionConfig:
-    """Switches and numbers of the reconstruction; the defaults are the paper's but for the steps of the scales.
-
-    Learning rates that are not given depend on the number of iterations, so that few of them travel as far as the
-    paper's 20000. Its rounding rate grows by the square root of how many times fewer there are (noisy gradients, whose
-    steps add up like a random walk), its scale rate in proportion (scales move one way). A scale's step is relative to
-    the scale by default, where 1e-4 takes the place of the paper's 4e-5, which is 1e-4 of a scale of 0.4: on MINI at
-    200 iterations masks agree more with floating point than with absolute steps of any size that was tried.
-    200 iterations: 1e-2 and 1e-2.
-
-    Raises:
-        InputError: if a number is out of its range, or the switches contradict each other.
-    """
-
-    iterations: int = setting(PAPER_ITERATIONS, "Iterations for each unit.", check=at_least(0))
-    batch: int = setting(1, "Images per iteration.", check=at_least(1))
-    learn_rounding: bool = setting(True, "AdaRound; else weights stay rounded to nearest.")
-    learn_scales: bool = setting(True, "Learn the scales of activations (LSQ).")
-    rounding_rate: float | None = setting(
-        None, "Learning rate of the rounding, constant; default: by the iterations.", type=float, check=finite_from(0)
-    )
-    scale_rate: float | None = setting(
-        None,
-        "Learning rate of activation scales, with cosine decay to 0; default: by the iterations.",
-        type=float,
-        check=finite_from(0),
-    )
-    relative_steps: bool = setting(True, "Steps of scales in proportion to the scale; the official ones are absolute.")
-    input_drop: float = setting(
-        0.5, "QDrop: share of a unit's input that is taken from the floating-point model.", check=between(0, 1)
-    )
-    activation_drop: float = setting(
-        0.5, "QDrop: share of every activation inside a unit that passes unquantized.", check=between(0, 1)
-    )
-    granularity: str = setting(
-        "part", "What is learned together in the encoder: parts of blocks, or blocks whole.", choices=GRANULARITIES
-    )
-    objective: str = setting("local", "What a unit's learning minimises; see `reconstruction.objectives`.")
-    loss_power: float = setting(2.0, "Power of the errors of a unit's output; the paper's is 2.", check=finite_from(1))
-    rounding_weight: float = setting(0.01, "Weight of the regularizer, once warm.", check=finite_from(0))
-    warmup: float = setting(0.2, "Share of the iterations without regularizer.", check=between(0, 1))
-    beta_start: float = setting(20.0, "The regularizer's exponent after the warm-up, from where it falls linearly.")
-    beta_end: float = setting(2.0, "The regularizer's exponent at the end.")
-    parts: tuple[str, ...] = setting(PARTS, "What is reconstructed; the rest keeps its calibration.", sweep=False)
-    seed: int = setting(0, "Seed of batches and drops.", check=at_least(0), sweep=False)
-    # What follows has no influence on the result.
-    chunk: int = setting(50, "Iterations per call of the compiled function.", check=at_least(1), sweep=False)
-    memory_budget: int = setting(
-        4 * 2**30,
-        "Bytes of cached inputs and outputs held in memory; more go to disk.",
-        check=at_least(0),
-        sweep=False,
-    )
-    save_seconds: float = setting(300.0, "Seconds between saves inside a unit.", check=finite_from(0), sweep=False)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if not 1 <= self.beta_end <= self.beta_start:
-            raise InputError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must fall, to 1 at least.")
-        if unknown := sorted(set(self.parts) - set(PARTS)):
-            raise InputError(f"parts has {unknown[0]!r}; choose of {', '.join(PARTS)}.")
-        halves, chosen = {"encoder_attention", "encoder_mlp"}, set(self.parts)
-        asked, made = (halves, {"encoder_block"}) if self.granularity == "block" else ({"encoder_block"}, halves)
-        if asked & chosen and not made & chosen:
-            raise InputError(
-                f"parts={self.parts} and granularity={self.granularity!r} leave the encoder's blocks as they are; name "
-                f"{' or '.join(sorted(made))} among the parts."
-            )
-
-    def rates(self) -> tuple[float, float]:
-        """Learning rates of rounding and of scales."""
-        fewer = PAPER_ITERATIONS / max(self.iterations, 1)
-        rounding = PAPER_ROUNDING_RATE * math.sqrt(fewer) if self.rounding_rate is None else self.rounding_rate
-        if self.scale_rate is not None:
-            return rounding, self.scale_rate
-        return rounding, min(
-            (RELATIVE_SCALE_RATE if self.relative_steps else PAPER_SCALE_RATE) * fewer, MOST_SCALE_RATE
-        )
-
-    def result_settings(self) -> "ReconstructionConfig":
-        """Itself with defaults for what has no influence on the result; equal settings give equal results."""
-        default = ReconstructionConfig()
-        same = {name: getattr(default, name) for name in ("chunk", "memory_budget", "save_seconds")}
-        return dataclasses.replace(self, **same)
-
-    def regroup_steps(self) -> tuple[int, ...]:
-        """The iteration before which each rung of the ladder is taken."""
-        return tuple(int(share * self.iterations) for share in REGROUP_AT)
 
 
 @partial(
@@ -254,53 +153,6 @@ def start(
     return Problem(unflatten(flat), floors, uniform), State(alphas, rooms, rounding.init(alphas), scales.init(learned))
 
 
-Seed = jax.Array  # (2,) uint32
-
-
-def _random_words(seed: Seed, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 words of `shape`: a hash of (seed, position), which is all that drops need.
-
-    JAX's own generators write their words to memory first; this one is fused into its use, and costs a fifth.
-    """
-    position = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    # The multipliers and shifts of C. Wellons' "lowbias32" (public domain), after a Weyl step.
-    word = position * jnp.uint32(0x9E3779B9) + seed[0]
-    word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D) ^ seed[1]
-    word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
-    return word ^ (word >> 16)
-
-
-def _mix(seed: Seed, value: jax.Array, instead: jax.Array, share: float) -> jax.Array:
-    """`value` with about `share` of its elements taken from `instead`."""
-    if share in (0, 1):
-        return instead if share else value
-    return jnp.where(_random_words(seed, value.shape) < jnp.uint32(share * 2**32), instead, value)
-
-
-def _dropping(quantizers: Mapping[str, Quantizer], seeds: jax.Array, share: float) -> Any:
-    """A site handler: quantizes, with LSQ's gradients, all but a random `share` of the elements.
-
-    LSQ's factor takes the size of what passes at once: of an attention map that comes in pieces, a piece's. Adam does
-    not see the difference, but for its epsilon.
-
-    Args:
-        seeds: (sites, 2), for the sites in alphabetical order.
-    """
-    numbers = {path: i for i, path in enumerate(sorted(quantizers))}
-
-    def handle(path: str, value: Any) -> Any:
-        if path not in quantizers or share == 1:
-            return value
-        seed = seeds[numbers[path]]
-        if path.endswith("softmax"):
-            # A large attention map comes here in pieces, in a loop traced once: their content tells them apart.
-            content = jnp.sum(jax.lax.stop_gradient(value[..., 0]))
-            seed = seed ^ jax.lax.bitcast_convert_type(content, jnp.uint32)
-        return _mix(seed, fake_quant_lsq(quantizers[path], value), value, share)
-
-    return handle
-
-
 def _merge_rows(a: jax.Array, rows: jax.Array) -> jax.Array:
     """Rows (B,) of (M, b, ...) as one batch (B*b, ...)."""
     return a[rows].reshape(-1, *a.shape[2:])
@@ -347,14 +199,14 @@ def advance(
         inputs, original, target, context = jax.tree.map(lambda a: _merge_rows(a, rows), store)
         seeds = jax.random.bits(jax.random.fold_in(key, step), (len(inputs) + len(quantizers), 2), jnp.uint32)
         mixed = zip(seeds[: len(inputs)], inputs, original, strict=True)
-        args = [_mix(seed, q, o, config.input_drop) for seed, q, o in mixed]
+        args = [mix(seed, q, o, config.input_drop) for seed, q, o in mixed]
         kernels = {
             f"{layer}/kernel": adaround.soft_weight(problem.floors[layer], alpha, problem.weights[layer])
             for layer, alpha in rounding.items()
         }
         params = unflatten(flatten(problem.params) | kernels)
         current = {path: on_grid(q, grid_bits) for path, q in _with_scales(quantizers, scales).items()}
-        handler = _dropping(current, seeds[len(inputs) :], config.activation_drop)
+        handler = dropping(current, seeds[len(inputs) :], config.activation_drop)
         with intercept_sites(handler):
             output = operation(params, *args)
         error = loss(output, target, context, shared)
@@ -385,45 +237,6 @@ def advance(
     # Not a scan over the chunk: a loop with traced ends needs no second program for a shorter chunk.
     state, losses = jax.lax.fori_loop(first, last, iterate, (state, jnp.zeros(2)))
     return state, losses / jnp.maximum(last - first, 1)
-
-
-def regroup(state: State, groups: int, final: int, metric: str) -> State:
-    """One rung of CAG's ladder: the channels of every quantizer with groups into `groups`, moments included.
-
-    Args:
-        final: groups at the end of the ladder.
-        metric: of the k-means, see `grouping.group_channels`.
-    """
-    quantizers = dict(state.quantizers)
-    adam, *rest = state.scale_moments
-    for path, quantizer in state.quantizers.items():
-        own = kind_of(quantizer).channel_groups
-        if own is None or groups >= own.labels(quantizer).shape[0]:
-            continue
-        quantizers[path] = merged = own.merged(quantizer, groups, final, metric)
-        if path in adam.mu:
-            pairs = {
-                name: _map_moments(mean, adam.nu[path][name], own.labels(quantizer), own.labels(merged))
-                for name, mean in adam.mu[path].items()
-            }
-            adam = adam._replace(
-                mu=adam.mu | {path: {name: mean for name, (mean, _) in pairs.items()}},
-                nu=adam.nu | {path: {name: square for name, (_, square) in pairs.items()}},
-            )
-    return dataclasses.replace(state, quantizers=quantizers, scale_moments=(adam, *rest))
-
-
-@jax.jit
-def _map_moments(mu: jax.Array, nu: jax.Array, old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Adam's moments (C,) of groups labelled `old` (C,), for the groups `new` (C,) that they were merged into.
-
-    The gradient of a merged scale is the sum of those it replaces, and so is its mean. Its root mean square is at most
-    the sum of theirs; that bound is taken, so that no step grows by merging.
-    """
-    share = 1.0 / jnp.zeros_like(mu).at[old].add(1.0)[old]  # each old group counts once, over its channels
-    merged = jnp.zeros_like(mu).at[new].add(mu[old] * share)
-    root = jnp.zeros_like(nu).at[new].add(jnp.sqrt(nu[old]) * share)
-    return merged, jnp.square(root)
 
 
 def finish(

@@ -23,9 +23,9 @@ from ahcptq_jax.calibration import saved_state
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.reconstruction import learning
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.fit import Ending, fit
 from ahcptq_jax.reconstruction.folder import StateFolder, UnitState
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig
 from ahcptq_jax.reconstruction.objectives import Objective, Place, objective_named
 from ahcptq_jax.reconstruction.units import (
     Args,

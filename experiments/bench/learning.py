@@ -13,7 +13,7 @@ from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform
 from ahcptq_jax.recipe import recipe_of, weight_path
 from ahcptq_jax.reconstruction import learning
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.objectives import LocalError
 from ahcptq_jax.reconstruction.units import Operation, encoder_units
 from ahcptq_jax.runtime.quantized import QuantizedWeight

@@ -45,4 +45,6 @@ def _made_up(kind: str, channels: int, bits: int) -> Quantizer:
         return Hybrid.from_range(-0.17, 4.0, 0.3, 0.25, bits)
     if kind == "log2":
         return Log2(jnp.float32(0.1), jnp.int32(2), bits)
-    return uniform
+    if kind == "uniform":
+        return uniform
+    raise ValueError(f"There is no made-up quantizer of kind {kind!r}; write one here.")

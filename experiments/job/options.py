@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from ahcptq_jax.config import METHODS, QuantConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.settings import Check, Setting, at_least, between, check_settings, setting, settings_of
 from experiments.job.protocol import EvaluationProtocol
 from sam_flax.errors import InputError

@@ -13,7 +13,8 @@ import numpy as np
 from ahcptq_jax.architectures import architecture_of
 from ahcptq_jax.architectures.sites import below, intercept_sites
 from ahcptq_jax.calibration.images import prepare
-from ahcptq_jax.quantizers import Grouped, Hybrid, Uniform
+from ahcptq_jax.quantizers import Uniform
+from ahcptq_jax.quantizers.kinds import kind_of
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params, SamModel, apply_stage
@@ -85,19 +86,20 @@ def layer_panels(
         images: how many of them to run.
         per_kind: panels of each kind.
     """
-    chosen = _spread(quantized, Hybrid, per_kind) + _spread(quantized, Grouped, per_kind)
+    chosen = _spread(quantized, "hybrid", per_kind) + _spread(quantized, "grouped", per_kind)
     if not chosen:
         return []
     samples = _activations(model, quantized, calib[:images], chosen)
     panels: list[HybridPanel | GroupPanel] = []
     for path in chosen:
-        quantizer, x = quantized.activations[path], samples[path]
-        if isinstance(quantizer, Hybrid):
+        quantizer: Any = quantized.activations[path]
+        x, kind = samples[path], kind_of(quantizer).name
+        if kind == "hybrid":
             counts, edges = np.histogram(x, bins=HISTOGRAM_BINS)
             codes = np.asarray(quantizer.decode(jnp.arange(2**quantizer.bits)))
             border = float(np.asarray(quantizer.minimum) + np.asarray(quantizer.scale_log))
             panels.append(HybridPanel(path, counts, edges, np.unique(codes), border))
-        elif isinstance(quantizer, Grouped):
+        elif kind == "grouped":
             low, high = x.min(0), x.max(0)
             own = Uniform.from_range(low, high, quantizer.bits)
             scale, zero = np.asarray(quantizer.scale), np.asarray(quantizer.zero_point)
@@ -116,7 +118,7 @@ def layer_panels(
     return panels
 
 
-def _spread(quantized: Quantized, kind: type, count: int) -> list[str]:
+def _spread(quantized: Quantized, kind: str, count: int) -> list[str]:
     """`count` encoder sites of a kind, evenly from first to last."""
     architecture = architecture_of(quantized.sam)
     encoder = set(architecture.parts) - set(architecture.decoder_parts)
@@ -124,7 +126,7 @@ def _spread(quantized: Quantized, kind: type, count: int) -> list[str]:
         (
             path
             for path, quantizer in quantized.activations.items()
-            if isinstance(quantizer, kind) and path.split("/")[0] in encoder
+            if kind_of(quantizer).name == kind and path.split("/")[0] in encoder
         ),
         # Block 10 comes after block 9, not after block 1.
         key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)],

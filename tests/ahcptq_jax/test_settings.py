@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.settings import at_least, check_settings, setting, settings_of
 from sam_flax.errors import InputError
 

@@ -12,9 +12,10 @@ from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
 from ahcptq_jax.quantizers.kinds import kind_named
-from ahcptq_jax.reconstruction import learning, units
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction import drops, learning, units
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.objectives import LocalError
+from ahcptq_jax.reconstruction.regrouping import regroup
 from ahcptq_jax.reconstruction.units import gather
 from experiments.bench.learning import float_mlp_step, mlp_step
 from sam_flax.layers import Linear
@@ -31,7 +32,7 @@ def test_gather_spills_to_disk(tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_mix(share):
-    mixed = learning._mix(jnp.array([1, 2], jnp.uint32), jnp.zeros((100, 100)), jnp.ones((100, 100)), share)
+    mixed = drops.mix(jnp.array([1, 2], jnp.uint32), jnp.zeros((100, 100)), jnp.ones((100, 100)), share)
     assert abs(float(mixed.mean()) - share) < 0.02
     assert share not in (0.0, 1.0) or float(mixed.mean()) == share
 
@@ -43,7 +44,7 @@ def test_learned_gradients_are_the_official_ones(golden):
     quantizers = learning.padded(Grouped(g["group_scales"], zero, labels, int(g["bits"])))
 
     def loss(scale):
-        handle = learning._dropping({"input": dataclasses.replace(quantizers, scale=scale)}, jnp.zeros((1, 2)), 0.0)
+        handle = drops.dropping({"input": dataclasses.replace(quantizers, scale=scale)}, jnp.zeros((1, 2)), 0.0)
         return jnp.sum(handle("input", jnp.asarray(g["x"])) * g["grad_out"])
 
     found = np.asarray(jax.grad(loss)(quantizers.scale))
@@ -55,15 +56,15 @@ def test_learned_gradients_are_the_official_ones(golden):
 def test_drops_are_independent():
     """Uniform words, without correlation between neighbours, rows, seeds, or bits."""
     seeds = jax.random.bits(jax.random.key(0), (4, 2), jnp.uint32)
-    words = np.stack([np.asarray(learning._random_words(seed, (512, 512))) for seed in seeds])
-    drops = (words >> 31).astype(float) * 2 - 1
+    words = np.stack([np.asarray(drops._random_words(seed, (512, 512))) for seed in seeds])
+    signs = (words >> 31).astype(float) * 2 - 1
     limit = 5 / 512  # five deviations of a mean over 512 * 512 signs
-    assert np.abs(drops.mean((1, 2))).max() < limit
+    assert np.abs(signs.mean((1, 2))).max() < limit
     for a, b in [
-        (drops[:, :, 1:], drops[:, :, :-1]),
-        (drops[:, 1:], drops[:, :-1]),
-        (drops[1:], drops[:-1]),
-        (drops, (words >> 30 & 1) * 2.0 - 1),
+        (signs[:, :, 1:], signs[:, :, :-1]),
+        (signs[:, 1:], signs[:, :-1]),
+        (signs[1:], signs[:-1]),
+        (signs, (words >> 30 & 1) * 2.0 - 1),
     ]:
         assert np.abs((a * b).mean((1, 2))).max() < limit
     counts, _ = np.histogram(words, 256, (0, 2**32))
@@ -132,7 +133,7 @@ def test_regrouping_keeps_the_room_and_sums_the_moments():
     adam, *rest = state.scale_moments
     mu, nu = adam.mu | {"input": {"scale": jnp.arange(6.0)}}, adam.nu | {"input": {"scale": jnp.arange(6.0) ** 2}}
     state = dataclasses.replace(state, scale_moments=(adam._replace(mu=mu, nu=nu), *rest))
-    grouped = learning.regroup(state, 3, 2, "normalized")
+    grouped = regroup(state, 3, 2, "normalized")
     found = grouped.quantizers["input"]
     assert jax.tree.map(jnp.shape, grouped) == jax.tree.map(jnp.shape, state)
     labels = np.asarray(found.groups)
@@ -142,7 +143,7 @@ def test_regrouping_keeps_the_room_and_sums_the_moments():
     np.testing.assert_allclose(moments.mu["input"]["scale"][labels[::2]], [1, 5, 9], rtol=1e-6)
     np.testing.assert_allclose(moments.nu["input"]["scale"][labels[::2]], [1, 25, 81], rtol=1e-5)
     # A second rung counts a group of several channels once.
-    again = learning.regroup(grouped, 2, 2, "normalized")
+    again = regroup(grouped, 2, 2, "normalized")
     assert len(set(np.asarray(again.quantizers["input"].groups))) == 2
     np.testing.assert_allclose(again.scale_moments[0].mu["input"]["scale"].sum(), 15, rtol=1e-5)
 

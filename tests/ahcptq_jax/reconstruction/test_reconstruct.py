@@ -24,8 +24,8 @@ from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
 from ahcptq_jax.recipe import site_kind, weight_path
 from ahcptq_jax.reconstruction import adaround, learning, units
 from ahcptq_jax.reconstruction import run as job
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.folder import arrays_of
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig
 from ahcptq_jax.reconstruction.objectives import LocalError
 from ahcptq_jax.reconstruction.run import reconstruct
 from ahcptq_jax.reconstruction.units import GRANULARITIES, PARTS, decoder_units, encoder_units, run_unit

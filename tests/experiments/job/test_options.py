@@ -8,7 +8,7 @@ from absl import flags
 from ahcptq_jax import METHODS
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.flags import as_lines, define_flags, values, with_flag_files
-from ahcptq_jax.reconstruction.learning import ReconstructionConfig
+from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.settings import settings_of
 from experiments.job.options import Options, switches
 

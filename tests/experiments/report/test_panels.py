@@ -100,9 +100,9 @@ def test_values_are_the_float_models_on_the_first_images(shown, model):
 def test_blocks_are_ordered_by_number(model):
     sites = {LIN2.format(i): quantizers(model.config)[LIN2.format(0)] for i in (0, 1, 2, 10, 11, 9)}
     quantized = Quantized({}, {}, sites, model.sam, QuantConfig())
-    assert panels._spread(quantized, Hybrid, 2) == [LIN2.format(0), LIN2.format(11)]
-    assert panels._spread(quantized, Hybrid, 3) == [LIN2.format(0), LIN2.format(2), LIN2.format(11)]
-    assert panels._spread(quantized, Hybrid, 1) == [LIN2.format(0)]
+    assert panels._spread(quantized, "hybrid", 2) == [LIN2.format(0), LIN2.format(11)]
+    assert panels._spread(quantized, "hybrid", 3) == [LIN2.format(0), LIN2.format(2), LIN2.format(11)]
+    assert panels._spread(quantized, "hybrid", 1) == [LIN2.format(0)]
 
 
 def test_a_model_without_such_layers_has_no_panels(model):
