@@ -13,6 +13,14 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "examples"
 SMALL = {
     "quantize_sam": {"CHECKPOINT": "mini-scenes", "IMAGES": 2, "POINTS": 3},
+    "reproduce_table": {
+        "CHECKPOINT": "mini-scenes",
+        "LIMIT": 2,
+        "METHODS": ["ahcptq", "minmax"],
+        "BITS": ["44"],
+        "ITERATIONS": 0,
+        "CALIBRATION_IMAGES": 2,
+    },
 }
 
 
@@ -57,3 +65,15 @@ def test_the_first_notebook(tmp_path):
     figures = [o for cell in done.cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
     assert len(figures) == 4
     assert (tmp_path / "quantized.safetensors").is_file()
+
+
+def test_the_second_notebook_and_its_second_run(tmp_path):
+    done = executed("reproduce_table", tmp_path, SMALL["reproduce_table"])
+    text = printed(done)
+    assert "SAM-L, 20,000 iterations: T4" in text
+    rows = [line for line in text.splitlines() if line.startswith("|") and "_w4a4" in line]
+    assert {row.split("|")[2].strip() for row in rows} == {"ahcptq_w4a4", "minmax_w4a4"}
+    records = (tmp_path / "table" / "records.jsonl").read_text()
+    # What is there is not made again.
+    assert text == printed(executed("reproduce_table", tmp_path, SMALL["reproduce_table"]))
+    assert (tmp_path / "table" / "records.jsonl").read_text() == records
