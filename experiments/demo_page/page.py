@@ -26,7 +26,8 @@ HELP = "Click on an object, or drag a box around it, on either picture."
 # No address outside this machine is asked for: gradio's default theme loads its fonts from one.
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
-.view img {cursor: crosshair; touch-action: none; user-select: none; -webkit-user-drag: none}
+.view img {width: 100%; height: 100%; object-fit: contain; cursor: crosshair; touch-action: none; user-select: none}
+.view img {-webkit-user-drag: none}
 #table th, #table td {padding: 4px 8px}
 """
 # A press and a release on a picture become "x0,y0,x1,y1", shares of the picture's sides, and then a click on a button
@@ -145,7 +146,9 @@ def build(models: Models) -> gr.Blocks:
     def choose(name: str, shown: Shown) -> tuple[Any, ...]:
         return with_second(shown, name, models.files[name])
 
-    def take_artefact(file: str, shown: Shown) -> tuple[Any, ...]:
+    def take_artefact(file: str | None, shown: Shown) -> tuple[Any, ...]:
+        if file is None:
+            return draw(shown)
         name = Path(file).name
         try:
             model = ahcptq_jax.load(file, models.sam.config)
@@ -184,7 +187,7 @@ def build(models: Models) -> gr.Blocks:
             with gr.Column():
                 photo = gr.File(label="image: drop or choose a file", elem_id="photo", height=110)
                 choice = gr.Dropdown(names, value=names[0], label="quantized model", elem_id="choice")
-                artefact = gr.UploadButton("Load a quantized .safetensors", elem_id="artefact")
+                artefact = gr.File(label="a quantized .safetensors: drop or choose", elem_id="artefact", height=110)
                 with gr.Row():
                     method = gr.Dropdown(sorted(METHODS), value="ahcptq", label="method")
                     bits = gr.Dropdown(list(BITS), value="w4a4", label="bits")
@@ -196,6 +199,6 @@ def build(models: Models) -> gr.Blocks:
         everything.click(ask_everything, state, shown)
         clearing.click(clear, state, shown)
         choice.input(choose, [choice, state], shown)
-        artefact.upload(take_artefact, [artefact, state], shown)
+        artefact.change(take_artefact, [artefact, state], shown)
         now.click(quantize, [method, bits, state], shown)
     return page
