@@ -57,7 +57,7 @@ def _command() -> int:
     files = {Path(path).name: ahcptq_jax.load(path, sam.config) for path in values.artefact}
     if not files:
         print("Quantizing to W4A4 by statistics; give a better one with --artefact.", file=sys.stderr, flush=True)
-        files = {"ahcptq w4a4, statistics alone": session.quantize_now(sam, params, "ahcptq", "w4a4")}
+        files = {"w4a4, made at the start": session.quantize_now(sam, params, "ahcptq", "w4a4")}
     try:
         page.build(page.Models(sam, params, files, image)).queue().launch(
             server_name=values.host,

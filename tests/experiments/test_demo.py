@@ -205,7 +205,7 @@ def test_click_drag_everything_switch_and_bad_files(address, browser, tmp_path):
     wait(page.agreement)
 
     browser.find_element("css selector", "#now").click()
-    wait(lambda: "statistics alone" in page.text("table"))
+    wait(lambda: "ahcptq w4a4, statistics alone" in page.text("table"))
     page.shot("now")
 
 
