@@ -14,8 +14,9 @@ from jaxtyping import Bool, UInt8
 
 from ahcptq_jax import METHODS, QuantConfig, Quantized, quantize
 from experiments.scenes.scenes import CALIB_SEED, boxes_xyxy, make_scene
-from sam_flax import SamAutomaticMaskGenerator, SamModel, SamPredictor
+from sam_flax import SamAutomaticMaskGenerator, SamPredictor
 from sam_flax.errors import InputError
+from sam_flax.predictor import MaskModel
 from sam_flax.sam import Params, Sam
 
 Image = UInt8[np.ndarray, "h w 3"]
@@ -103,14 +104,14 @@ class Side:
     milliseconds: float
 
 
-def size_of(model: SamModel | Quantized) -> int:
+def size_of(model: Any) -> int:
     """Bytes of a model's file: float32 for a floating-point one."""
     if isinstance(model, Quantized):
         return model.summary().nbytes
     return 4 * sum(int(leaf.size) for leaf in jax.tree.leaves(model.params))
 
 
-def look(name: str, model: SamModel | Quantized, image: Image) -> Side:
+def look(name: str, model: MaskModel, image: Image) -> Side:
     """A model that has embedded the image; it does so twice, since the first time may compile."""
     predictor = SamPredictor(model)
     predictor.set_image(image)
@@ -126,8 +127,8 @@ def answer(side: Side, image: Image, prompts: Prompts) -> Answer:
     begin = time.perf_counter()
     if prompts.everything:
         records = SamAutomaticMaskGenerator(side.predictor.model, **EVERYTHING).generate(image)  # type: ignore[arg-type]
-        masks = sorted((record["segmentation"] for record in records), key=lambda mask: -mask.sum())
-        return Answer(tuple(masks), None, 1000 * (time.perf_counter() - begin))
+        found = sorted((record["segmentation"] for record in records), key=lambda mask: -mask.sum())
+        return Answer(tuple(found), None, 1000 * (time.perf_counter() - begin))
     points = np.array([point[:2] for point in prompts.points]) if prompts.points else None
     labels = np.array([point[2] for point in prompts.points]) if prompts.points else None
     # One point may mean a part or the whole: the best of three masks. More prompts mean one object.
@@ -189,7 +190,7 @@ def figures(first: Side, second: Side, answers: tuple[Answer, Answer] | None) ->
 
 def quantize_now(sam: Sam, params: Params, method: str, bits: str) -> Quantized:
     """The model quantized by statistics of a few generated scenes; `bits` is like "w4a4"."""
-    widths = {"w_bits": int(bits[1]), "a_bits": int(bits[3])}
+    widths: dict[str, Any] = {"w_bits": int(bits[1]), "a_bits": int(bits[3])}
     switches: dict[str, Any] = dict(METHODS[method])
     size = max(64, min(512, sam.config.img_size))
     scenes = [make_scene(CALIB_SEED, index, size) for index in range(CALIBRATION_SCENES)]

@@ -55,6 +55,26 @@ def claimed(folder: Path, flag: str) -> Iterator[None]:
                 path.rmdir()
 
 
+@contextlib.contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Keeps other processes out of a block that reads a file and writes it anew; they wait for its end.
+
+    The lock is a file beside it, which stays: one that is removed can be locked by two. Where files cannot be locked,
+    nobody waits.
+    """
+    if fcntl is None:
+        yield
+        return
+    make_folder(file.parent)
+    descriptor = os.open(file.parent / f".{file.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _take(lock: Path, folder: Path, flag: str) -> int | None:
     """The open file whose lock this process holds; None where files cannot be locked."""
     while fcntl is not None:

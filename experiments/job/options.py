@@ -8,6 +8,7 @@ from typing import Any, get_args
 from ahcptq_jax.config import METHODS, QuantConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
+from ahcptq_jax.runtime.products import CARRIERS, Carrier
 from ahcptq_jax.settings import Check, Setting, at_least, between, check_settings, setting, settings_of
 from experiments.job.protocol import EvaluationProtocol
 from sam_flax.errors import InputError
@@ -148,6 +149,12 @@ class Options(EvaluationProtocol, _Overrides):
         "Of the floating-point model's matrix products in its evaluation, on devices that have a choice. The quantized "
         "model's products are exact, and what is learned is learned in float32.",
         choices=PRECISIONS,
+    )
+    carrier: Carrier = _own(
+        "int8",
+        "What carries the products of the quantized model in its evaluation; the results are the same bits. int8 with "
+        "int32 sums is what CPUs, GPUs and TPUs have units for; float32 is for devices without.",
+        choices=CARRIERS,
     )
     num_calib: int = _own(32, "Calibration images.", check=_COUNT)
     num_scenes: int = _own(100, "Generated scenes to evaluate on, without --images.", check=between(1, MOST_SCENES))

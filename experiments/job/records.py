@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.job.code import code_version
+from experiments.job.folder import alone
 from experiments.job.options import Options
 from experiments.job.results import plain, write_file
 from sam_flax.errors import InputError
@@ -18,8 +19,11 @@ Record = dict[str, Any]
 
 
 def key(options: Options) -> Options:
-    """What two runs with equal results have in common: not the folder that they write to, nor needless overrides."""
-    return dataclasses.replace(options, out=Options.out).without_needless()
+    """What two runs with equal results have in common.
+
+    Not the folder that they write to, nor what carries their products, nor needless overrides.
+    """
+    return dataclasses.replace(options, out=Options.out, carrier=Options.carrier).without_needless()
 
 
 def read(path: Path) -> dict[Options, Record]:
@@ -51,12 +55,13 @@ def _parsed(path: Path) -> Iterator[tuple[Options, Record, str]]:
 def add(path: Path, options: Options, results: Mapping[str, Any]) -> Record:
     """Adds a run to the file, in the place of a record of the same run, and returns its record.
 
-    The file is there whole before and after.
+    The file is there whole before and after; two sweeps that share it add to it in turn.
     """
     config = key(options).given()
     record = plain({"config": config, **{name: results[name] for name in _KEPT if name in results}})
-    others = [line for known, _, line in _parsed(path) if known != key(options)] if path.exists() else []
-    write_file(path, "\n".join([*others, json.dumps(record, allow_nan=False)]) + "\n")
+    with alone(path):
+        others = [line for known, _, line in _parsed(path) if known != key(options)] if path.exists() else []
+        write_file(path, "\n".join([*others, json.dumps(record, allow_nan=False)]) + "\n")
     return record
 
 

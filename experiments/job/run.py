@@ -230,6 +230,7 @@ def _quantized_model(run: Run) -> tuple[Quantized, str]:
             made.save(run.artefact)
         # What is scored is what the file holds, its float part rounded as in the file.
         quantized = ahcptq_jax.load(run.artefact)
+    quantized = dataclasses.replace(quantized, carrier=options.carrier)
     config = quantized.quant_config
     if options.artefact:
         results["config"] |= {"method": "artefact", "w_bits": config.w_bits, "a_bits": config.a_bits}

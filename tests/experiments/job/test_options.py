@@ -7,7 +7,7 @@ from absl import flags
 
 from ahcptq_jax import METHODS
 from ahcptq_jax.config import QuantConfig
-from ahcptq_jax.flags import as_lines, define_flags, values, with_flag_files
+from ahcptq_jax.flags import PRESETS, as_lines, define_flags, values, with_flag_files
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.settings import settings_of
 from experiments.job.options import Options, switches
@@ -116,8 +116,8 @@ def test_resolved_flags_give_the_same_options_again(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
-def test_the_flagfiles_at_the_root_say_what_their_names_say(pytestconfig, bits):
-    path = pytestconfig.rootpath / f"w{bits}a{bits}.flags"
+def test_the_presets_say_what_their_names_say(bits):
+    path = PRESETS / f"w{bits}a{bits}.flags"
     lines = path.read_text().splitlines()
     options = parsed(f"--flagfile={path}")
     assert (options.w_bits, options.a_bits, options.method) == (bits, bits, "ahcptq")
