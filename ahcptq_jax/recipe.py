@@ -76,7 +76,7 @@ def recipe_of(architecture: Architecture, config: QuantConfig) -> Recipe:
     for rule in architecture.rules:
         switch = SWITCHES.get(rule.kind or "")
         rules.append(rule if switch is None or getattr(config, switch) else dataclasses.replace(rule, kind="uniform"))
-    transforms = [*config.transforms]
+    transforms = [*architecture.transforms, *config.transforms]
     if config.big:
         transforms.append("bimodal")
     return Recipe(tuple(rules), config, tuple(transforms))

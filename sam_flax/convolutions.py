@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam_flax.layers import Conv, Site
+from sam_flax.layers import Conv, Site, taps
 
 Params = dict[str, Any]  # nested, arrays at the leaves
 
@@ -69,15 +69,10 @@ def conv_depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Arra
     Returns:
         (B, ceil(H / stride), ceil(W / stride), C).
     """
-    k = kernel.shape[0]
-    pad, (_, height, width, _) = k // 2, x.shape
-    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    # The last pixel that a copy takes is the first of its last step.
-    tall, wide = (stride * ((side - 1) // stride) + 1 for side in (height, width))
+    rows = kernel.reshape(-1, kernel.shape[-1])
     total = jnp.zeros((), x.dtype)
-    for i in range(k):
-        for j in range(k):
-            total = total + padded[:, i : i + tall : stride, j : j + wide : stride] * kernel[i, j, 0]
+    for row, copy in zip(rows, taps(x, kernel.shape[0], stride), strict=True):
+        total = total + copy * row
     return total
 
 

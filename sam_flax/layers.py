@@ -99,12 +99,30 @@ def conv_same(x: Float[Array, "b h w in"], kernel: Float[Array, "k k in out"]) -
     return shifted_copies(x, k) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def shifted_copies(x: Shaped[Array, "b h w c"], k: int) -> Shaped[Array, "b h w {k}*{k}*c"]:
-    """The k x k neighbours of every pixel, zero outside, in the order of a kernel."""
-    pad = k // 2
+def shifted_copies(
+    x: Shaped[Array, "b h w c"], k: int, stride: int = 1, padding: int | None = None
+) -> Shaped[Array, "b rows cols {k}*{k}*c"]:
+    """`taps` side by side, as a kernel's rows meet them."""
+    return jnp.concatenate(taps(x, k, stride, padding), axis=-1)
+
+
+def taps(
+    x: Shaped[Array, "b h w c"], k: int, stride: int = 1, padding: int | None = None
+) -> list[Shaped[Array, "b rows cols c"]]:
+    """The k x k neighbours of every pixel that a convolution stops at, zero outside, in the order of a kernel.
+
+    Args:
+        x: an image.
+        k: side of the kernel.
+        stride: pixels from one output to the next.
+        padding: zeros on each side; None keeps the size at stride 1.
+    """
+    pad = k // 2 if padding is None else padding
     _, height, width, _ = x.shape
+    # The last pixel that a copy takes is the first of its last step.
+    tall, wide = (stride * ((side + 2 * pad - k) // stride) + 1 for side in (height, width))
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return jnp.concatenate([padded[:, i : i + height, j : j + width] for i in range(k) for j in range(k)], axis=-1)
+    return [padded[:, i : i + tall : stride, j : j + wide : stride] for i in range(k) for j in range(k)]
 
 
 class PatchConv(nn.Module):

@@ -129,6 +129,7 @@ class Architecture(abc.ABC):
         rules: the official recipe, site by site; `recipe.Recipe` completes it by the configuration.
         parts: the top-level keys of the parameters.
         decoder_parts: those that `decode` reads.
+        transforms: names of the rewritings that every quantization of the family begins with.
         bimodal: pattern of the attentions whose keys BIG inspects; they have `q_proj`, `k_proj` and a site `k`.
         attentions: class of an attention module -> how it runs on codes.
     """
@@ -137,6 +138,7 @@ class Architecture(abc.ABC):
     rules: ClassVar[tuple[Rule, ...]]
     parts: ClassVar[tuple[str, ...]]
     decoder_parts: ClassVar[tuple[str, ...]]
+    transforms: ClassVar[tuple[str, ...]] = ()
     bimodal: ClassVar[str | None] = None
     attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ahcptq_jax.architectures import sam_heads
 from ahcptq_jax.architectures.base import (
     Architecture,
     AttentionCodes,
@@ -23,7 +24,7 @@ from ahcptq_jax.architectures.base import (
     register,
 )
 from ahcptq_jax.architectures.sites import flatten
-from ahcptq_jax.rules import FLOAT, Rule
+from ahcptq_jax.rules import Rule
 from sam_flax.config import SamConfig
 from sam_flax.encoders import vit
 from sam_flax.errors import InputError
@@ -33,18 +34,12 @@ from sam_flax.files.infer import infer_config
 from sam_flax.files.parameters import parameter_shapes
 from sam_flax.files.trees import check_tree
 from sam_flax.heads import mask_decoder
-from sam_flax.layers import MLPBlock
 from sam_flax.sam import Params, Sam, embed_image, stage_graph
 from sam_flax.stages import EMBEDDED, StageGraph
 
 _BLOCK = r"image_encoder/blocks_\d+"
-_TRANSFORMER = r"mask_decoder/transformer"
-_ATTENTION = _TRANSFORMER + r"/(layers_\d+/\w+_attn|layers_\d+/cross_attn_\w+|final_attn_token_to_image)"
-# Parts with sites, none of which the method quantizes.
-_FLOAT_HEADS = r"mask_decoder/(output_hypernetworks_mlps_\d+|iou_prediction_head)"
 
-# METHOD section 5. What has no site stays in floating point anyway: patch embedding, positions, norms, prompt encoder
-# and output upscaling.
+# METHOD section 5. What has no site stays in floating point anyway: patch embedding, positions and norms.
 RULES = (
     Rule(_BLOCK + r"/attn/qkv/input", "grouped"),
     Rule(_BLOCK + r"/attn/proj/input", "uniform"),
@@ -53,13 +48,7 @@ RULES = (
     Rule(_BLOCK + r"/mlp/lin1/input", "grouped"),
     Rule(_BLOCK + r"/mlp/lin2/input", "hybrid"),
     Rule(r"image_encoder/neck/conv[12]/input", "uniform"),
-    Rule(_ATTENTION + r"/[qkv]_proj/input", "grouped"),
-    Rule(_ATTENTION + r"/out_proj/input", "uniform"),
-    Rule(_ATTENTION + r"/[qkv]", "uniform"),
-    Rule(_ATTENTION + r"/softmax", "log2"),
-    Rule(_TRANSFORMER + r"/layers_\d+/mlp/lin1/input", "grouped"),
-    Rule(_TRANSFORMER + r"/layers_\d+/mlp/lin2/input", "hybrid"),
-    Rule(_FLOAT_HEADS + r"/layers_\d+/input", FLOAT),
+    *sam_heads.RULES,
 )
 
 # Fields of a configuration that shapes do not show; all others must agree with the parameters.
@@ -71,10 +60,9 @@ class SamVit(Architecture):
 
     name = "sam_vit"
     rules = RULES
-    parts = ("image_encoder", "prompt_encoder", "mask_decoder")
-    decoder_parts = ("prompt_encoder", "mask_decoder")
-    # Tokens attending to the image.
-    bimodal = _TRANSFORMER + r"/(layers_\d+/cross_attn|final_attn)_token_to_image"
+    parts = sam_heads.PARTS
+    decoder_parts = sam_heads.DECODER_PARTS
+    bimodal = sam_heads.BIMODAL
 
     def fits(self, sam: Any) -> bool:
         return isinstance(sam, Sam)
@@ -114,23 +102,7 @@ class SamVit(Architecture):
         return units
 
     def decoder_units(self, sam: Sam) -> list[Unit]:
-        config = sam.config
-        dim, heads = config.out_chans, config.decoder_num_heads
-        own = Operation(mask_decoder.Attention(dim, heads, parent=None))
-        cross = Operation(mask_decoder.Attention(dim, heads, downsample_rate=2, parent=None))
-        mlp = Operation(MLPBlock(dim, config.decoder_mlp_dim, nn.relu, parent=None))
-        units = []
-        for i in range(config.decoder_depth):
-            for child, operation, part in (
-                ("self_attn", own, "decoder_attention"),
-                ("cross_attn_token_to_image", cross, "decoder_attention"),
-                ("mlp", mlp, "decoder_mlp"),
-                ("cross_attn_image_to_token", cross, "decoder_attention"),
-            ):
-                name = f"{_TRANSFORMER}/layers_{i}/{child}"
-                units.append(Unit(name, name + "/", (), operation, part))
-        name = f"{_TRANSFORMER}/final_attn_token_to_image"
-        return [*units, Unit(name, name + "/", (), cross, "decoder_attention")]
+        return sam_heads.decoder_units(sam.config)
 
     def shapes(self, sam: Sam) -> dict[str, Shape]:
         return parameter_shapes(sam.config)
@@ -162,18 +134,14 @@ class SamVit(Architecture):
 
     def rewritable(self, sam: Sam) -> Rewritable:
         config = sam.config
-        norms, hidden, keys = [], [], [f"{_TRANSFORMER}/final_attn_token_to_image/k_proj"]
+        norms = []
         for index in range(config.depth):
             block, window = f"image_encoder/blocks_{index}", config.block_window(index)
             padded = bool(window) and config.grid % window != 0
             norms.append((f"{block}/norm1", f"{block}/attn/qkv", not padded))
             norms.append((f"{block}/norm2", f"{block}/mlp/lin1", True))
         norms.append(("image_encoder/neck/norm1", "image_encoder/neck/conv2", False))
-        for index in range(config.decoder_depth):
-            layer = f"{_TRANSFORMER}/layers_{index}"
-            hidden.append((f"{layer}/mlp/lin1", f"{layer}/mlp/lin2"))
-            keys.append(f"{layer}/cross_attn_token_to_image/k_proj")
-        return Rewritable(tuple(norms), tuple(hidden), tuple(keys))
+        return Rewritable(tuple(norms), *sam_heads.rewritable(config))
 
     def check(self, sam: Sam, params: Params) -> None:
         # With one head every width is possible; the real number is not in the shapes.
@@ -188,7 +156,7 @@ class SamVit(Architecture):
     attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
 
 
-_PARTS_WITH_SITES = ("image_encoder/blocks_", "image_encoder/neck/", _TRANSFORMER + "/") + tuple(
+_PARTS_WITH_SITES = ("image_encoder/blocks_", "image_encoder/neck/", sam_heads.TRANSFORMER + "/") + tuple(
     f"mask_decoder/{head}" for head in ("output_hypernetworks_mlps_", "iou_prediction_head/")
 )
 
@@ -233,17 +201,5 @@ def _encoder_attention(module: vit.Attention, codes: AttentionCodes, x: jax.Arra
     return module.proj(vit.window_unpartition(out.reshape(-1, h, w, module.dim), grid))
 
 
-def _decoder_attention(
-    module: mask_decoder.Attention, codes: AttentionCodes, q: jax.Array, k: jax.Array, v: jax.Array
-) -> jax.Array:
-    """`mask_decoder.Attention.__call__` on codes."""
-    separate = module.separate_heads
-    values = separate(module.q_proj(q)), separate(module.k_proj(k)), separate(module.v_proj(v))
-    q, k, v = (codes.encode(name, a) for name, a in zip("qkv", values, strict=True))
-    out, of_map = codes.attend(q, codes.across(k), v)
-    codes.record("softmax", of_map)
-    return module.out_proj(out.transpose(0, 2, 1, 3).reshape(out.shape[0], out.shape[2], -1))
-
-
-SamVit.attentions = {vit.Attention: _encoder_attention, mask_decoder.Attention: _decoder_attention}
+SamVit.attentions = {vit.Attention: _encoder_attention, mask_decoder.Attention: sam_heads.attention_on_codes}
 SAM_VIT = register(SamVit())

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +23,11 @@ from jax import export as jax_export
 
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax.files.writing import write_whole
+from sam_flax.stages import joined
 
 
 def export_encoder(quantized: Quantized, platforms: Sequence[str] = ("cpu",)) -> bytes:
-    """Serialized `(1, S, S, 3) float32 -> (1, g, g, C)`.
+    """Serialized `(1, S, S, 3) float32 -> (1, g, g, C)`, or to a tuple where the embedding has several parts (SAM 2).
 
     Args:
         quantized: the model.
@@ -32,11 +35,8 @@ def export_encoder(quantized: Quantized, platforms: Sequence[str] = ("cpu",)) ->
     """
     size = quantized.config.img_size
 
-    def encode(images: jax.Array) -> jax.Array:
-        return _held(quantized).encode_image(images)
-
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return _serialize(encode, platforms, images)
+    return _serialize(partial(_encode, quantized), platforms, images)
 
 
 def export_decoder(
@@ -60,14 +60,15 @@ def export_decoder(
     """
     if points < 0:
         raise ValueError(f"points={points} must be 0, for boxes, or the points of each prompt.")
-    config = quantized.config
+    size = quantized.config.img_size
     (number,) = jax_export.symbolic_shape("n")
-    embeddings = jax.ShapeDtypeStruct((1, config.grid, config.grid, config.out_chans), jnp.float32)
+    canvas = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    embeddings = jax.eval_shape(partial(_encode, quantized), canvas)
 
-    def decode_boxes(embeddings: jax.Array, boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def decode_boxes(embeddings: Any, boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _held(quantized).decode(embeddings, None, boxes, None, multimask_output)
 
-    def decode_points(embeddings: jax.Array, coords: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def decode_points(embeddings: Any, coords: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _held(quantized).decode(embeddings, (coords, labels), None, None, multimask_output)
 
     if points == 0:
@@ -92,7 +93,12 @@ def export(quantized: Quantized, folder: str | os.PathLike[str], platforms: Sequ
         write_whole(folder / name, [data])
 
 
-def _serialize(function: Callable, platforms: Sequence[str], *shapes: jax.ShapeDtypeStruct) -> bytes:
+def _encode(quantized: Quantized, images: jax.Array) -> Any:
+    # Parts without their names: a file knows tuples alone.
+    return joined(jax.tree.leaves(_held(quantized).encode_image(images)))
+
+
+def _serialize(function: Callable, platforms: Sequence[str], *shapes: Any) -> bytes:
     exported = jax_export.export(jax.jit(function), platforms=list(platforms))(*shapes)
     return bytes(exported.serialize())
 

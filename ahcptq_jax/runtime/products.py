@@ -33,7 +33,7 @@ from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.quantizers.kinds import Levels, kind_of
 from ahcptq_jax.quantizers.weights import QuantizedWeight
 from sam_flax.encoders.vit import weights_of_scores
-from sam_flax.layers import shifted_copies
+from sam_flax.layers import shifted_copies, taps
 
 Carrier = Literal["int8", "float32"]
 CARRIERS: tuple[Carrier, ...] = ("int8", "float32")
@@ -165,7 +165,14 @@ def whole_weight(weight: QuantizedWeight) -> tuple[jax.Array, jax.Array | None]:
 # --------------------------------------------------------------------------------------------- layers and attention
 
 
-def layer(level: jax.Array, site: GridSite, weight: QuantizedWeight, carrier: Carrier) -> jax.Array:
+def layer(
+    level: jax.Array,
+    site: GridSite,
+    weight: QuantizedWeight,
+    carrier: Carrier,
+    stride: int = 1,
+    padding: int | None = None,
+) -> jax.Array:
     """A linear without its bias, or a convolution, on the levels of its input, as float32.
 
     Args:
@@ -173,10 +180,12 @@ def layer(level: jax.Array, site: GridSite, weight: QuantizedWeight, carrier: Ca
         site: of the input, which `supports_layer` accepts.
         weight: kernel (in, out), or (k, k, in, out).
         carrier: what carries the sums.
+        stride: of a convolution.
+        padding: of a convolution, on each side; None keeps the size at stride 1.
     """
     if len(weight.shape) == 4 and weight.shape[0] > 1:
         zero = site.zero()  # int8 wraps around and back.
-        level = shifted_copies(level - zero, weight.shape[0]) + zero
+        level = shifted_copies(level - zero, weight.shape[0], stride, padding) + zero
     kernel, more = whole_weight(weight)
     rows = level.reshape(-1, level.shape[-1])
     sums = integer_sum(rows, kernel, carrier, LARGEST if weight.bits == 8 else 2**weight.bits - 1)
@@ -189,6 +198,38 @@ def layer(level: jax.Array, site: GridSite, weight: QuantizedWeight, carrier: Ca
     if site.offset is not None:
         y = y + jax.lax.optimization_barrier(_of_offset(site.offset, kernel, more) * weight.scale)
     return y.reshape(*level.shape[:-1], y.shape[-1])
+
+
+def depthwise(
+    level: jax.Array, site: GridSite, weight: QuantizedWeight, carrier: Carrier, stride: int = 1
+) -> jax.Array:
+    """A convolution of every channel by itself, on the levels of its input, as float32.
+
+    A few products for each number are no matrix product: the int8 carrier widens them to int32, and both add them up
+    copy by copy, without a loss as long as the kernel has at most `EXACT` / 2^15 taps (22 x 22).
+
+    Args:
+        level: int8 (B, H, W, C).
+        site: of the input, which `supports_layer` accepts.
+        weight: kernel (k, k, 1, C), k odd; k // 2 levels of zero stand on each side.
+        carrier: what carries the sums.
+        stride: pixels from one output to the next.
+    """
+    side = weight.shape[0]
+    kernel = weight.codes().astype(jnp.int32) - jnp.round(weight.zero_point).astype(jnp.int32)
+    zero = site.zero()  # int8 wraps around and back.
+    wide = jnp.int32 if carrier == "int8" or side**2 * LARGEST * 2**weight.bits > EXACT else jnp.float32
+    rows, total = kernel.reshape(side**2, -1).astype(wide), jnp.zeros((), wide)
+    for row, copy in zip(rows, taps(level - zero, side, stride), strict=True):
+        total = total + (copy + zero).astype(wide) * row
+    sums = total if wide == jnp.int32 else _to_int(total)
+    of_taps = kernel.sum((0, 1, 2))
+    if site.shift:
+        sums += site.shift * of_taps
+    y = unfused(sums.astype(jnp.float32) * jax.lax.optimization_barrier(site.step * weight.scale))
+    if site.offset is not None:
+        y = y + jax.lax.optimization_barrier(site.offset * of_taps.astype(jnp.float32) * weight.scale)
+    return y
 
 
 def _column_sums(kernel: jax.Array, more: jax.Array | None) -> jax.Array:
@@ -219,7 +260,8 @@ def attend(
     Args:
         sites: of "q", "k", "v" and "softmax".
         q, k, v: int8 levels (..., M, d), (..., d, N), (..., N, d).
-        biases: none, or the encoder's relative-position biases (..., M, H) and (..., M, W), N = H*W.
+        biases: none; one that is added to the scores, (heads, M, N) for instance; or the encoder's relative-position
+            biases (..., M, H) and (..., M, W), N = H*W.
         carrier: what carries the sums.
 
     Returns:
@@ -229,6 +271,8 @@ def attend(
     keys = _of_queries_offset(sites, k, q.shape[-1])
     if keys is not None:
         scores = scores + keys
+    if len(biases) == 1:
+        scores, biases = scores + biases[0], ()
     weights, total = weights_of_scores(scores, *biases)
     level, codes = sites["softmax"].encode(weights / total)
     sums = integer_sum(level, v, carrier)

@@ -16,11 +16,17 @@ from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.quantizers.weights import QuantizedWeight
 from ahcptq_jax.runtime import products
 from ahcptq_jax.runtime.products import Carrier, GridSite
+from sam_flax.convolutions import DepthwiseConv, StridedConv, conv_depthwise, conv_strided
 from sam_flax.layers import Conv, Linear, Site, conv_same
 
 RecordCodes = Callable[[str, jax.Array], None]
 # The method that reads the kernel.
-_PRODUCT: dict[type, str] = {Linear: "product", Conv: "__call__"}
+_PRODUCT: dict[type, str] = {
+    Linear: "product",
+    Conv: "__call__",
+    StridedConv: "__call__",
+    DepthwiseConv: "__call__",
+}
 
 
 def intercept_quantized(
@@ -44,8 +50,9 @@ def intercept_quantized(
 
     def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         module, path, method = context.module, "/".join(context.module.path), context.method_name
-        if path in weights and isinstance(module, Linear | Conv) and method == _PRODUCT[type(module)]:
-            return _layer(path, weights[path], activations.get(f"{path}/input"), args[0], grid_bits, carrier, record)
+        if path in weights and method == _PRODUCT.get(type(module)):
+            quantizer = activations.get(f"{path}/input")
+            return _layer(module, path, weights[path], quantizer, args[0], grid_bits, carrier, record)
         if method == "__call__" and (run := run_on_codes(module)) is not None:
             own = {name: activations[f"{path}/{name}"] for name in ATTENTION_SITES if f"{path}/{name}" in activations}
             if (sites := products.attention_sites(own, grid_bits)) is not None:
@@ -65,6 +72,7 @@ def _fake_quant(path: str, quantizer: Quantizer, x: jax.Array, record: RecordCod
 
 
 def _layer(
+    module: nn.Module,
     path: str,
     weight: QuantizedWeight,
     quantizer: Quantizer | None,
@@ -78,10 +86,18 @@ def _layer(
         level, codes = site.encode(x)
         if record:
             record(f"{path}/input", codes)
+        if isinstance(module, DepthwiseConv):
+            return products.depthwise(level, site, weight, carrier, module.stride)
+        if isinstance(module, StridedConv):
+            return products.layer(level, site, weight, carrier, module.stride, module.padding)
         return products.layer(level, site, weight, carrier)
     if quantizer is not None:
         x = _fake_quant(f"{path}/input", quantizer, x, record)
-    return x @ weight.decode() if len(weight.shape) == 2 else conv_same(x, weight.decode())
+    if isinstance(module, DepthwiseConv):
+        return conv_depthwise(x, weight.decode(), module.stride)
+    if isinstance(module, StridedConv):
+        return conv_strided(x, weight.decode(), module.stride, module.padding)
+    return x @ weight.decode() if isinstance(module, Linear) else conv_same(x, weight.decode())
 
 
 @dataclasses.dataclass(frozen=True)

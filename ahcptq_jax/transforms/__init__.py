@@ -1,6 +1,7 @@
 """Rewritings of floating-point parameters that come before quantization."""
 
 from ahcptq_jax.transforms import bimodal as bimodal
+from ahcptq_jax.transforms import folding as folding
 from ahcptq_jax.transforms import harder as harder
 from ahcptq_jax.transforms.base import Context as Context
 from ahcptq_jax.transforms.base import Transform as Transform

@@ -1,27 +1,29 @@
-"""A quantized SAM without calibration, where only its shapes and arithmetic matter."""
+"""A quantized segmenter of any family without calibration, where only its shapes and arithmetic matter."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
 from ahcptq_jax import W4A4, QuantConfig, Quantized
+from ahcptq_jax.architectures import architecture_of, module_of
 from ahcptq_jax.architectures.sites import flatten, unflatten
-from ahcptq_jax.formats.artefact import quantizable_sites
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Quantizer, Uniform
 from ahcptq_jax.quantizers.kinds import kind_of
-from ahcptq_jax.recipe import site_kind, weight_path
+from ahcptq_jax.recipe import recipe_of, weight_path
 from ahcptq_jax.runtime.quantized import QuantizedWeight
-from sam_flax import Sam
-from sam_flax.config import SamConfig
-from sam_flax.files.parameters import parameter_shapes
+from sam_flax.config import SegmenterConfig
 
 
-def random_quantized(config: SamConfig, params: dict[str, Any], quant_config: QuantConfig = W4A4) -> Quantized:
+def random_quantized(config: SegmenterConfig, params: dict[str, Any], quant_config: QuantConfig = W4A4) -> Quantized:
     """A model of the given weights with plain weight ranges and made-up quantizers of the recipe's kinds."""
     flat, weights, activations = flatten(params), {}, {}
-    for site, channels in quantizable_sites(config, parameter_shapes(config)).items():
-        layer, width = weight_path(site), channels or 1
-        made = _made_up(site_kind(site, quant_config, "sam_vit") or "uniform", width, quant_config.a_bits)
+    sam = module_of(config)
+    architecture = architecture_of(sam)
+    recipe = recipe_of(architecture, quant_config)
+    for site, channels in architecture.sites(sam).items():
+        if (choice := recipe.at(site)) is None:
+            continue
+        layer, made = weight_path(site), _made_up(choice.kind, channels or 1, quant_config.a_bits)
         grid = quant_config.grid_bits
         activations[site] = kind_of(made).on_grid(made, grid) if grid else made
         if layer:
@@ -32,7 +34,7 @@ def random_quantized(config: SamConfig, params: dict[str, Any], quant_config: Qu
             weights[layer] = QuantizedWeight.from_codes(
                 codes, quantizer.scale, quantizer.zero_point, quant_config.w_bits
             )
-    return Quantized(unflatten(flat), weights, activations, Sam(config), quant_config)
+    return Quantized(unflatten(flat), weights, activations, sam, quant_config)
 
 
 def _made_up(kind: str, channels: int, bits: int) -> Quantizer:

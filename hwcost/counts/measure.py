@@ -109,7 +109,7 @@ def measure_histograms(
         embedded = architecture.embed(sam, quantized.params, jnp.asarray(canvas[None]))
         embedding = architecture.stages(sam).run(embedded, counter.stage)
         shown = np.resize(np.asarray(prompts, np.float64), (PROMPTS, 4))
-        on_canvas = preprocessing.apply_boxes(shown, image.shape[:2], config.img_size)
+        on_canvas = preprocessing.transform_of(config).apply_boxes(shown, image.shape[:2])
         params = architecture.decoder(quantized.params)
         counter.run("", decode, params, weights, activations, (embedding, None, on_canvas))
     found = sorted(counter.tally.counts.items())

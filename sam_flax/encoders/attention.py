@@ -77,14 +77,15 @@ def attend_in_parts(
     Args:
         attend: some windows' operands to arrays (windows, heads, M, any); with `split_queries` also called on some of
             the heads, and on some of their queries.
-        q, k, v: as in `attention`.
+        q, k, v: as in `attention`; int8 levels in their place may have the keys as (G, heads, d, N).
         split_queries: whether heads and queries may be parted where one window alone is large.
 
     Returns:
         What `attend` returns on everything.
     """
     groups, heads, m, _ = q.shape
-    one_map = m * k.shape[2] * q.dtype.itemsize
+    # The map of levels is one of float32.
+    one_map = m * v.shape[2] * (4 if jnp.issubdtype(q.dtype, jnp.integer) else q.dtype.itemsize)
     on_cpu = jax.default_backend() == "cpu"
     whole, part = (CPU_WHOLE_BYTES, CPU_PART_BYTES) if on_cpu else (MAX_ATTENTION_BYTES, MAX_ATTENTION_BYTES)
     if groups * heads * one_map <= whole:

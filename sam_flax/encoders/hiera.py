@@ -244,11 +244,19 @@ class PyramidNeck(nn.Module):
         self.high_res = [Linear(c, c // 8), Linear(c, c // 4)]  # conv_s0 and conv_s1 of the official decoder
         self.no_mem_embed = self.param("no_mem_embed", nn.initializers.normal(0.02), (c,))
 
+    def embedding(self, third: jax.Array, fourth: jax.Array) -> jax.Array:  # -> (B, g, g, C)
+        upsampled = jnp.repeat(jnp.repeat(self.convs[3](fourth), 2, axis=1), 2, axis=2)
+        return self.convs[2](third) + upsampled + self.no_mem_embed
+
+    def quarter(self, first: jax.Array) -> jax.Array:  # -> (B, 4g, 4g, C/8)
+        return self.high_res[0](self.convs[0](first))
+
+    def eighth(self, second: jax.Array) -> jax.Array:  # -> (B, 2g, 2g, C/4)
+        return self.high_res[1](self.convs[1](second))
+
     def __call__(self, *levels: jax.Array) -> Features:
-        first, second, third, fourth = (conv(x) for conv, x in zip(self.convs, levels, strict=True))
-        upsampled = jnp.repeat(jnp.repeat(fourth, 2, axis=1), 2, axis=2)
-        embedding = third + upsampled + self.no_mem_embed
-        return Features(embedding, self.high_res[0](first), self.high_res[1](second))
+        first, second, third, fourth = levels
+        return Features(self.embedding(third, fourth), self.quarter(first), self.eighth(second))
 
 
 def make_block(config: Sam2Config, index: int) -> Block:

@@ -196,11 +196,12 @@ class AttentionBlock(nn.Module):
         padded = jnp.pad(x, ((0, 0), (0, -height % self.window), (0, -width % self.window), (0, 0)))
         return x + self.attn(self.norm1(padded))[:, :height, :width]
 
-    def mlp_part(self, x: jax.Array) -> jax.Array:  # (B, H, W, D) -> (B, H, W, D), residual included
+    def mlp_part(self, x: jax.Array) -> jax.Array:  # (B, H, W, D) -> (B, H, W, D), the convolution before it included
+        x = self.local_conv(x)
         return x + self.mlp(self.norm2(x))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.mlp_part(self.local_conv(self.attention_part(x)))
+        return self.mlp_part(self.attention_part(x))
 
 
 def encoder_stages(config: MobileSamConfig) -> list[tuple[str, nn.Module]]:

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from hwcost.counts.builder import Builder
-from hwcost.counts.graphs import sam_vit
-from sam_flax.config import SamConfig
+from hwcost.counts.graphs import mobile_sam, sam2, sam_vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +17,13 @@ class Graph:
         unmodelled: what they leave out, and why it may matter.
     """
 
-    add_layers: Callable[[Builder, SamConfig, int], None]
+    add_layers: Callable[[Builder, Any, int], None]
     unmodelled: tuple[str, ...] = ()
 
 
 GRAPHS: dict[str, Graph] = {
+    "mobile_sam": Graph(mobile_sam.add_layers, mobile_sam.UNMODELLED),
+    "sam2": Graph(sam2.add_layers, sam2.UNMODELLED),
     "sam_vit": Graph(sam_vit.add_layers, sam_vit.UNMODELLED),
 }
 

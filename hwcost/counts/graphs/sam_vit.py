@@ -6,7 +6,8 @@ share one product in the decoder, so that its weights are read once for all of t
 
 from hwcost.counts.builder import GELU_OPS, Builder
 from hwcost.counts.costs import Gemm, Tensor
-from sam_flax.config import SamConfig
+from sam_flax.config import SamConfig, SegmenterConfig
+from sam_flax.encoders.hiera import Sam2Config
 
 # What the layers leave out, and why it may matter.
 UNMODELLED: tuple[str, ...] = (
@@ -33,7 +34,7 @@ def encoder(b: Builder, c: SamConfig) -> None:
     b.plain("image_encoder/pos_embed", path, "elementwise", size, 1, parameters=size, writes=(size,))
     for index in range(c.depth):
         _encoder_block(b, c, index)
-    _neck(b, c)
+    neck(b, c.grid, c.embed_dim, c.out_chans)
 
 
 def _encoder_block(b: Builder, c: SamConfig, index: int) -> None:
@@ -56,23 +57,28 @@ def _encoder_block(b: Builder, c: SamConfig, index: int) -> None:
     b.linear(kernel, kernel, tokens, dim, dim, codes_arrive=True, out_on_chip=True)
     b.plain(f"{attn}/residual", kernel, "elementwise", tokens * dim, 1, reads=stream, writes=stream)
 
-    hidden, mlp = int(dim * c.mlp_ratio), f"{block}/mlp"
-    kernel = f"{mlp}/lin1"
+    mlp(b, block, tokens, dim, int(dim * c.mlp_ratio))
+
+
+def mlp(b: Builder, block: str, tokens: int, dim: int, hidden: int) -> None:
+    """Adds the norm, the MLP with GELU and the residual of an encoder's block."""
+    path, stream = f"{block}/mlp", (tokens * dim,)
+    kernel = f"{path}/lin1"
     b.norm(f"{block}/norm2", kernel, tokens, dim, reads=stream)
     b.linear(kernel, kernel, tokens, dim, hidden, a_on_chip=True, out_on_chip=True)
-    b.activation(mlp, kernel, tokens * hidden, "gelu")
-    kernel = f"{mlp}/lin2"
+    b.activation(path, kernel, tokens * hidden, "gelu")
+    kernel = f"{path}/lin2"
     b.linear(kernel, kernel, tokens, hidden, dim, codes_arrive=True, out_on_chip=True)
-    b.plain(f"{mlp}/residual", kernel, "elementwise", tokens * dim, 1, reads=stream, writes=stream)
+    b.plain(f"{path}/residual", kernel, "elementwise", tokens * dim, 1, reads=stream, writes=stream)
 
 
-def _neck(b: Builder, c: SamConfig) -> None:
-    tokens, dim, out = c.grid**2, c.embed_dim, c.out_chans
-    neck = "image_encoder/neck"
-    conv1, conv2 = f"{neck}/conv1", f"{neck}/conv2"
+def neck(b: Builder, grid: int, dim: int, out: int) -> None:
+    """Adds the two convolutions and norms that end an encoder."""
+    tokens, path = grid**2, "image_encoder/neck"
+    conv1, conv2 = f"{path}/conv1", f"{path}/conv2"
     b.linear(conv1, conv1, tokens, dim, out, out_on_chip=True, bias=False, kind="conv")
     a = b.site(f"{conv2}/input")
-    b.norm(f"{neck}/norm1", conv1, tokens, out, writes=(tokens * out,), written=a)
+    b.norm(f"{path}/norm1", conv1, tokens, out, writes=(tokens * out,), written=a)
     b.product(
         conv2,
         conv2,
@@ -86,19 +92,21 @@ def _neck(b: Builder, c: SamConfig) -> None:
         out_on_chip=True,
         encodes=0 if a.is_float else tokens * out,
     )
-    b.norm(f"{neck}/norm2", conv2, tokens, out, writes=(tokens * out,))
+    b.norm(f"{path}/norm2", conv2, tokens, out, writes=(tokens * out,))
 
 
-def decoder(b: Builder, c: SamConfig, prompts: int) -> None:
+def decoder(b: Builder, c: SegmenterConfig, prompts: int) -> None:
     """Adds prompt encoder and mask decoder for `prompts` boxes."""
     b.part = "decoder"
     image, dim = c.grid**2, c.out_chans
     masks = c.num_multimask_outputs + 1
-    tokens = 1 + masks + 2  # IoU token, mask tokens, two corners of a box
+    scored = isinstance(c, Sam2Config)
+    outputs = 1 + masks + scored  # IoU token, mask tokens, and that of the object score
+    tokens = outputs + 2 + scored  # two corners of a box, and a padding point
     _prompts(b, c, prompts)
     path = "mask_decoder/embed"
     size = prompts * image * dim
-    b.plain(path, path, "elementwise", size, 1, parameters=(1 + masks) * dim, reads=(image * dim,), writes=(size,))
+    b.plain(path, path, "elementwise", size, 1, parameters=outputs * dim, reads=(image * dim,), writes=(size,))
     for index in range(c.decoder_depth):
         _two_way_block(b, c, f"mask_decoder/transformer/layers_{index}", index, prompts, tokens)
     final = "mask_decoder/transformer/final_attn_token_to_image"
@@ -109,12 +117,16 @@ def decoder(b: Builder, c: SamConfig, prompts: int) -> None:
         _mlp(b, f"mask_decoder/output_hypernetworks_mlps_{index}", prompts, (dim, dim, dim, dim // 8))
     hidden = c.iou_head_hidden_dim
     _mlp(b, "mask_decoder/iou_prediction_head", prompts, (dim, *[hidden] * (c.iou_head_depth - 1), masks))
+    if scored:
+        path = "mask_decoder/iou_sigmoid"
+        b.plain(path, path, "activation", prompts * masks, 1, transcendentals=prompts * masks)
+        _mlp(b, "mask_decoder/pred_obj_score_head", prompts, (dim, dim, dim, 1))
     path = "mask_decoder/masks"
     product = Gemm(masks, dim // 8, 16 * image, repeat=prompts)
     b.product(path, path, "attention", product, b.float, b.float, dynamic_b=True)
 
 
-def _prompts(b: Builder, c: SamConfig, prompts: int) -> None:
+def _prompts(b: Builder, c: SegmenterConfig, prompts: int) -> None:
     """Positional encoding of the two corners of each box and, once per call, of every image token."""
     image, dim = c.grid**2, c.out_chans
     path = "prompt_encoder/pe_layer"
@@ -132,7 +144,7 @@ def _prompts(b: Builder, c: SamConfig, prompts: int) -> None:
     )  # fmt: skip
 
 
-def _two_way_block(b: Builder, c: SamConfig, block: str, index: int, prompts: int, tokens: int) -> None:
+def _two_way_block(b: Builder, c: SegmenterConfig, block: str, index: int, prompts: int, tokens: int) -> None:
     image, dim, heads, hidden = c.grid**2, c.out_chans, c.decoder_num_heads, c.decoder_mlp_dim
     rows = prompts * tokens
     queries = (rows * dim,)
@@ -169,7 +181,7 @@ def _two_way_block(b: Builder, c: SamConfig, block: str, index: int, prompts: in
 
 
 def _cross_attention(
-    b: Builder, c: SamConfig, attn: str, prompts: int, queries: int, keys: int, *, keys_reused: bool = False
+    b: Builder, c: SegmenterConfig, attn: str, prompts: int, queries: int, keys: int, *, keys_reused: bool = False
 ) -> None:
     """Half-width attention between tokens and image; positional encodings are added to queries and keys.
 
@@ -194,7 +206,7 @@ def _cross_attention(
     b.plain(f"{attn}/residual", out_proj, "elementwise", size, 1, reads=(size,))
 
 
-def _upscaling(b: Builder, c: SamConfig, prompts: int) -> None:
+def _upscaling(b: Builder, c: SegmenterConfig, prompts: int) -> None:
     image, dim = prompts * c.grid**2, c.out_chans
     path = "mask_decoder/output_upscaling"
     for name, rows, channels, features, norm in (
@@ -205,6 +217,9 @@ def _upscaling(b: Builder, c: SamConfig, prompts: int) -> None:
         # Kernel 2, stride 2: every pixel becomes four.
         up = Gemm(rows, channels, 4 * features)
         b.product(kernel, kernel, "conv", up, b.float, b.float, bias=features, out_on_chip=True)
+        if isinstance(c, Sam2Config):  # the encoder's features, at this resolution
+            size, own = 4 * rows * features, 4 * rows * features // prompts
+            b.plain(f"{path}/features{name}", kernel, "elementwise", size, 1, reads=(own,))
         if norm:
             b.norm(f"{path}/norm{name}", kernel, 4 * rows, features)
         size = 4 * rows * features

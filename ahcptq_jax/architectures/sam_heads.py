@@ -1,0 +1,70 @@
+"""SAM's prompt encoder and mask decoder, which all families share: their recipe, units, and attention on codes."""
+
+import flax.linen as nn
+import jax
+
+from ahcptq_jax.architectures.base import AttentionCodes, Operation, Unit
+from ahcptq_jax.rules import FLOAT, Rule
+from sam_flax.config import SegmenterConfig
+from sam_flax.heads import mask_decoder
+from sam_flax.layers import MLPBlock
+
+PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
+DECODER_PARTS = ("prompt_encoder", "mask_decoder")
+TRANSFORMER = r"mask_decoder/transformer"
+_ATTENTION = TRANSFORMER + r"/(layers_\d+/\w+_attn|layers_\d+/cross_attn_\w+|final_attn_token_to_image)"
+# Parts with sites, none of which the method quantizes.
+_FLOAT_HEADS = r"mask_decoder/(output_hypernetworks_mlps_\d+|iou_prediction_head|pred_obj_score_head)"
+# Tokens attending to the image: the attentions whose keys BIG inspects.
+BIMODAL = TRANSFORMER + r"/(layers_\d+/cross_attn|final_attn)_token_to_image"
+
+# METHOD section 5. What has no site stays in floating point anyway: norms, prompt encoder and output upscaling.
+RULES = (
+    Rule(_ATTENTION + r"/[qkv]_proj/input", "grouped"),
+    Rule(_ATTENTION + r"/out_proj/input", "uniform"),
+    Rule(_ATTENTION + r"/[qkv]", "uniform"),
+    Rule(_ATTENTION + r"/softmax", "log2"),
+    Rule(TRANSFORMER + r"/layers_\d+/mlp/lin1/input", "grouped"),
+    Rule(TRANSFORMER + r"/layers_\d+/mlp/lin2/input", "hybrid"),
+    Rule(_FLOAT_HEADS + r"/layers_\d+/input", FLOAT),
+)
+
+
+def decoder_units(config: SegmenterConfig) -> list[Unit]:
+    """See `Architecture.decoder_units`."""
+    dim, heads = config.out_chans, config.decoder_num_heads
+    own = Operation(mask_decoder.Attention(dim, heads, parent=None))
+    cross = Operation(mask_decoder.Attention(dim, heads, downsample_rate=2, parent=None))
+    mlp = Operation(MLPBlock(dim, config.decoder_mlp_dim, nn.relu, parent=None))
+    units = []
+    for i in range(config.decoder_depth):
+        for child, operation, part in (
+            ("self_attn", own, "decoder_attention"),
+            ("cross_attn_token_to_image", cross, "decoder_attention"),
+            ("mlp", mlp, "decoder_mlp"),
+            ("cross_attn_image_to_token", cross, "decoder_attention"),
+        ):
+            name = f"{TRANSFORMER}/layers_{i}/{child}"
+            units.append(Unit(name, name + "/", (), operation, part))
+    name = f"{TRANSFORMER}/final_attn_token_to_image"
+    return [*units, Unit(name, name + "/", (), cross, "decoder_attention")]
+
+
+def rewritable(config: SegmenterConfig) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """The `hidden` and the `keys` of a decoder's `Rewritable`."""
+    layers = [f"{TRANSFORMER}/layers_{index}" for index in range(config.decoder_depth)]
+    keys = [f"{TRANSFORMER}/final_attn_token_to_image/k_proj"]
+    keys += [f"{layer}/cross_attn_token_to_image/k_proj" for layer in layers]
+    return tuple((f"{layer}/mlp/lin1", f"{layer}/mlp/lin2") for layer in layers), tuple(keys)
+
+
+def attention_on_codes(
+    module: mask_decoder.Attention, codes: AttentionCodes, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """`mask_decoder.Attention.__call__` on codes."""
+    separate = module.separate_heads
+    values = separate(module.q_proj(q)), separate(module.k_proj(k)), separate(module.v_proj(v))
+    q, k, v = (codes.encode(name, a) for name, a in zip("qkv", values, strict=True))
+    out, of_map = codes.attend(q, codes.across(k), v)
+    codes.record("softmax", of_map)
+    return module.out_proj(out.transpose(0, 2, 1, 3).reshape(out.shape[0], out.shape[2], -1))
