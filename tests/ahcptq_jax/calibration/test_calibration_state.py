@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +221,31 @@ def test_what_a_statistic_does_not_name_does_not_change_it(path: str, kind: str,
 
 def test_every_built_in_kind_is_tried_above() -> None:
     assert {"uniform", "grouped", "log2", "hybrid"} <= set(kind_names())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 KiB, less than a state."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"A small file system takes the right to mount one: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_gets_a_sentence_and_the_run_goes_on_with_room(
+    setting: Any, whole: Quantized, small_disk: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match="make room on that disk") as caught:
+        quantize_model(*setting, CONFIG, progress=False, state_dir=small_disk / "state")
+    assert str(small_disk / "state") in str(caught.value) and "\n" not in str(caught.value)
+    left = [path for path in small_disk.rglob("*") if path.is_file()]
+    assert not [path for path in left if path.name.endswith(".part")]
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    finished = quantize_model(*setting, CONFIG, progress=False, state_dir=small_disk / "state")
+    for one, other in zip(jax.tree.leaves(finished), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
