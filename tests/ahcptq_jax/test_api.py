@@ -123,7 +123,7 @@ def test_what_shapes_do_not_hold_is_asked_for_and_never_guessed(tiny):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"config": "W4A4"}, "config must be an ahcptq_jax.QuantConfig.*but is a str"),
+        ({"config": b"w4a4"}, "config must be an ahcptq_jax.QuantConfig.*but is a bytes"),
         ({"config": None}, "config must be an ahcptq_jax.QuantConfig.*but is a NoneType"),
         ({"config": {"w_bits": 4}}, "config must be an ahcptq_jax.QuantConfig.*but is a dict"),
         ({"reconstruction": 200}, "reconstruction must be an ahcptq_jax.ReconstructionConfig.*but is a int"),
@@ -727,11 +727,10 @@ def test_a_module_of_other_parameters_is_refused(tiny):
     ("calib", "sentence"),
     [
         ([], "no calibration images"),
-        (None, "calib must be an iterable of images but is a NoneType"),
+        (None, "calib must be images, .* but is a NoneType"),
         ([GOOD.astype(np.float32)], "Calibration item 0: The image must be a uint8 array .* float32"),
         ([GOOD, GOOD[..., 0]], "Calibration item 1: The image must be a uint8 array"),
         ([None], "Calibration item 0: The image must be a uint8 array"),
-        (["picture.jpg"], "Calibration item 0: The image must be a uint8 array"),
         ([GOOD[:0]], "Calibration item 0: .*no pixels"),
         ([(GOOD, np.zeros((0, 4)))], r"Calibration item 0: boxes of shape \(0, 4\)"),
         ([(GOOD, [1, 2, 3, 4])], r"Calibration item 0: boxes of shape \(4,\)"),
@@ -807,7 +806,7 @@ def test_transforms_are_applied_in_order_and_recorded(tiny, tmp_path):
     found.save(tmp_path / "harder.safetensors")
     assert b'\\"transforms\\":[\\"harder:1\\"]' in (tmp_path / "harder.safetensors").read_bytes()
     for name, sentence in {
-        "softer": "The transform 'softer' is unknown; known are bimodal, harder",
+        "softer": "The transform 'softer' is unknown; known are bimodal, fold_norms, harder",
         "harder:much": "harder:much needs a number",
         "harder:9": "strength=9.0 must lie in 0..4",
         "bimodal:1": "bimodal takes no argument",

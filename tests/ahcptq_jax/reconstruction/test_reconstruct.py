@@ -651,7 +651,7 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"params": {}}, "params must be the nested parameters of a SAM"), ({"calib": None}, "calib must be an iterable")],
+    [({"params": {}}, "params must be the nested parameters of a SAM"), ({"calib": None}, "calib must be images")],
 )
 def test_the_whole_job_checks_its_arguments(sam, params, images, given, message):
     arguments = {"params": params, "calib": [np.zeros((8, 8, 3), np.uint8)]} | given

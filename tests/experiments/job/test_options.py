@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from absl import flags
 
-from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.config import METHODS, QuantConfig
 from ahcptq_jax.flags import PRESETS, as_lines, define_flags, values, with_flag_files
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.settings import settings_of
