@@ -42,7 +42,7 @@ def hluq() -> None:
     hybrid = min(found, key=lambda quantizer: _error(quantizer, x))
     figure, axes = plt.subplots(2, 1, figsize=(8, 4), sharex=True)
     for axis, quantizer, name in zip(axes, (uniform, hybrid), ("uniform", "hybrid (HLUQ)"), strict=True):
-        axis.hist(x, 300, color="0.75")
+        axis.hist(x, 120, color="0.75", histtype="stepfilled")
         for level in np.unique(np.asarray(quantizer.decode(jnp.arange(2**BITS)))):
             axis.axvline(level, color="tab:blue", linewidth=1)
         axis.set(yscale="log", ylabel="values", title=f"{name}: mean squared error {_error(quantizer, x):.2e}")
@@ -84,6 +84,7 @@ def grid() -> None:
 
 if __name__ == "__main__":
     plt.rcParams["svg.hashsalt"] = "ahcptq"  # equal runs, equal files
+    plt.rcParams["svg.fonttype"] = "none"  # text as text
     hluq()
     cag()
     grid()
