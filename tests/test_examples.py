@@ -16,7 +16,7 @@ SMALL = {
     "reproduce_table": {
         "CHECKPOINT": "mini-scenes",
         "LIMIT": 2,
-        "METHODS": ["ahcptq", "minmax"],
+        "METHODS": ["minmax"],
         "BITS": ["44"],
         "ITERATIONS": 0,
         "CALIBRATION_IMAGES": 2,
@@ -72,7 +72,7 @@ def test_the_second_notebook_and_its_second_run(tmp_path):
     text = printed(done)
     assert "SAM-L, 20,000 iterations: T4" in text
     rows = [line for line in text.splitlines() if line.startswith("|") and "_w4a4" in line]
-    assert {row.split("|")[2].strip() for row in rows} == {"ahcptq_w4a4", "minmax_w4a4"}
+    assert {row.split("|")[2].strip() for row in rows} == {"minmax_w4a4"}
     records = (tmp_path / "table" / "records.jsonl").read_text()
     # What is there is not made again.
     assert text == printed(executed("reproduce_table", tmp_path, SMALL["reproduce_table"]))
