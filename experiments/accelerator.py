@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from ahcptq_jax import QuantConfig, Quantized
+from ahcptq_jax.command import finish, launch
 from experiments.bench.made_up import random_quantized
-from experiments.job.command import finish, launch
 from experiments.job.results import write_file, write_json
 from sam_flax import CONFIGS, Sam, SamModel
 from sam_flax.errors import InputError

@@ -25,8 +25,8 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
+from ahcptq_jax.command import finish, launch
 from experiments.bench.rows import ROWS, Row
-from experiments.job.command import finish, launch
 from experiments.job.results import write_file, write_json
 from sam_flax.errors import InputError
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from absl import flags
 
 import ahcptq_jax
+from ahcptq_jax.command import finish, launch, use_compilation_cache
 from experiments.demo_page import session
-from experiments.job.command import finish, launch, use_compilation_cache
 from experiments.scenes.scenes import EVAL_SEED, make_scene
 from sam_flax import load_sam
 from sam_flax.errors import InputError

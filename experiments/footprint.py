@@ -21,9 +21,9 @@ from absl import flags
 
 import ahcptq_jax
 from ahcptq_jax import Quantized
+from ahcptq_jax.command import finish, launch
 from experiments.bench.made_up import random_quantized
 from experiments.bench.rows import peak_bytes
-from experiments.job.command import finish, launch
 from experiments.job.results import write_file, write_json
 from sam_flax import CONFIGS, Sam, SamModel, load_sam, save_params
 from sam_flax.errors import InputError

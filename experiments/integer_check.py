@@ -20,11 +20,11 @@ from tqdm import tqdm
 import ahcptq_jax
 from ahcptq_jax import Quantized
 from ahcptq_jax.api import quantize
+from ahcptq_jax.command import finish, launch, use_compilation_cache
 from ahcptq_jax.flags import define_flags, values
 from ahcptq_jax.runtime.integer import integer_model
 from experiments import coco
 from experiments.bench.made_up import random_quantized
-from experiments.job.command import finish, launch, use_compilation_cache
 from experiments.job.options import Options
 from experiments.job.plan import calibration_set, evaluation_set
 from sam_flax import CONFIGS, Sam, load_sam, preprocessing

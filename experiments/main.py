@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from ahcptq_jax.command import finish, launch, use_compilation_cache
 from ahcptq_jax.flags import define_flags, values
 from experiments.job import devices
 from experiments.job.allocator import keep_pages
-from experiments.job.command import finish, launch, use_compilation_cache
 from experiments.job.options import Options
 from experiments.job.run import dry_run, run
 from experiments.job.summary import summary

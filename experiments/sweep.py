@@ -23,13 +23,13 @@ import numpy as np
 from absl import flags
 
 from ahcptq_jax.calibration.cache import StatisticsCache
+from ahcptq_jax.command import finish, launch, use_compilation_cache
 from ahcptq_jax.config import METHODS
 from ahcptq_jax.flags import define_flags, values
 from experiments.job import records
 from experiments.job import run as one_run
 from experiments.job.allocator import keep_pages
 from experiments.job.code import code_version
-from experiments.job.command import finish, launch, use_compilation_cache
 from experiments.job.folder import check_writable, claimed
 from experiments.job.forecast import forecast, in_words, product_rate
 from experiments.job.options import Options, switches

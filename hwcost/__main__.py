@@ -6,14 +6,14 @@
 Prints the tables and writes report.html, layers.csv and hwcost.json. Runs no model, except for --artefact.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
-from absl import app
 
 import ahcptq_jax
+from ahcptq_jax.command import finish, launch
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.flags import define_flags
 from hwcost.counts.codes import Histogram, load_histograms
@@ -26,7 +26,6 @@ from sam_flax.errors import InputError
 from sam_flax.files.images import read_image
 from sam_flax.files.writing import make_folder, write_whole
 
-FAILED, INTERRUPTED = 2, 130  # exit statuses, as of the commands in experiments
 IMAGES = 8
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -87,33 +86,20 @@ def run(options: Options) -> tuple[Study, list[Path]]:
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit status."""
-    if len(argv) > 1:
-        return _fail(f"unexpected argument {argv[1]!r}; every option is a --flag.")
-    try:
-        study, files = run(options_from_flags())
-    except KeyboardInterrupt:
-        print("Interrupted; nothing is kept.", file=sys.stderr)
-        return INTERRUPTED
-    except (InputError, OSError) as error:
-        return _fail(str(error))
+    return finish(argv, _study)
+
+
+def _study() -> int:
+    study, files = run(options_from_flags())
     print(tables.text(study))
     print(f"written: {', '.join(map(str, files))}")
     return 0
 
 
-def _fail(sentence: str) -> int:
-    print(f"Error: {sentence}", file=sys.stderr)
-    return FAILED
-
-
-def cli() -> None:
+def cli() -> NoReturn:
     """What `python -m hwcost` runs."""
     define_flags(Options)
-    try:
-        arguments = with_foreign_flags(sys.argv)
-    except InputError as error:
-        sys.exit(_fail(str(error)))
-    app.run(main, argv=arguments)
+    launch(main, read=with_foreign_flags)
 
 
 if __name__ == "__main__":

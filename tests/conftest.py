@@ -10,13 +10,28 @@ import jaxtyping
 import numpy as np
 import pytest
 
+import tests.type_checker
+
 # Shapes and types in the signatures of these modules are checked whenever tests run. The others take what users give,
 # and check it themselves. The hook stands before the imports that it is for.
 CHECKED = ("layers", "convolutions", "encoders", "heads", "sam", "segmenter", "preprocessing")
 jaxtyping.install_import_hook([f"sam_flax.{name}" for name in CHECKED], "beartype.beartype")
-# (`Quantizer`, in the signatures of most other modules of ahcptq_jax, is a protocol that cannot be checked.)
-CHECKED_QUANTIZATION = ("reconstruction.adaround", "transforms.bimodal")
-jaxtyping.install_import_hook([f"ahcptq_jax.{name}" for name in CHECKED_QUANTIZATION], "beartype.beartype")
+# (Not what refuses users' mistakes itself, which is `formats` and configurations, and not the packed weights, which JAX
+# rebuilds with leaves of any type.)
+CHECKED_QUANTIZATION = (
+    "architectures",
+    "calibration",
+    "methods",
+    *("quantizers." + name for name in ("base", "cost", "grouped", "hybrid", "kinds", "log2", "searches", "uniform")),
+    "recipe",
+    *("reconstruction." + name for name in ("adaround", "drops", "fit", "folder", "learning", "objectives")),
+    *("reconstruction." + name for name in ("regrouping", "run", "units")),
+    "runtime",
+    "transforms",
+)
+jaxtyping.install_import_hook(
+    [f"ahcptq_jax.{name}" for name in CHECKED_QUANTIZATION], f"{tests.type_checker.__name__}.check"
+)
 
 from sam_flax import SamConfig
 from sam_flax.encoders import vit

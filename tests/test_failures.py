@@ -23,9 +23,9 @@ from safetensors.numpy import save_file
 
 import ahcptq_jax
 from ahcptq_jax import ImageFolder, QuantConfig, ReconstructionConfig, Rule
+from ahcptq_jax.command import finish, parse_flags
 from ahcptq_jax.flags import define_flags, values
 from experiments import sweep
-from experiments.job.command import finish, parse_flags
 from experiments.job.options import Options
 from experiments.job.run import dry_run
 from hwcost.study.options import Options as HwcostOptions

@@ -24,7 +24,7 @@ PACKAGES = ("experiments", "hwcost", "ahcptq_jax", "sam_flax")
 LAYERS = (
     ("rules", "settings"),
     ("config", "flags"),
-    ("quantizers",),
+    ("command", "quantizers"),
     ("architectures",),
     ("recipe", "transforms"),
     ("runtime",),

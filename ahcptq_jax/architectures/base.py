@@ -7,7 +7,7 @@ reconstruction, the runtime and the file ask the architecture, and know no param
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -94,6 +94,7 @@ class Rewritable:
     keys: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class AttentionCodes(Protocol):
     """The quantizers and products that the runtime gives to an attention which runs on codes."""
 

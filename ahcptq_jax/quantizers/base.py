@@ -8,7 +8,7 @@ own code and an integer implementation by shifts gives the same numbers.
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ _OCTAVE_THRESHOLDS = np.array(
 _QUARTER_OCTAVES = tuple(np.float32(2.0 ** (-i / 4)) for i in range(4))
 
 
+@runtime_checkable
 class Quantizer(Protocol):
     """What a quantizer is: a frozen pytree dataclass of array leaves and a static width.
 
@@ -51,9 +52,9 @@ class Quantizer(Protocol):
 
     def fake_quant(self, x: jax.Array) -> jax.Array: ...
 
-    def validate(self, channels: int | None = None) -> Self: ...
+    def validate(self, channels: int | None = None) -> Quantizer: ...
 
-    def with_gradient_scale(self, x_shape: tuple[int, ...]) -> Self: ...
+    def with_gradient_scale(self, x_shape: tuple[int, ...]) -> Quantizer: ...
 
 
 def check_bits(bits: int) -> None:

@@ -7,7 +7,7 @@ A new objective is a file that ends in `register(...)`; `ReconstructionConfig.ob
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ from sam_flax.errors import InputError
 from sam_flax.sam import Params
 
 
+@runtime_checkable
 class Loss(Protocol):
     """A function to minimise. It is hashable, because it is a static argument of the compiled step."""
 

@@ -15,9 +15,9 @@ from absl import app, flags
 from tqdm import tqdm
 
 import ahcptq_jax
+from ahcptq_jax.command import finish
 from experiments.coco import CocoDataset, ImageItem, load_coco
 from experiments.coco.masks import decode
-from experiments.job.command import finish
 from sam_flax import SamModel, SamPredictor, load_sam
 from sam_flax.predictor import MaskModel
 

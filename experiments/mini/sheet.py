@@ -15,10 +15,10 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
+from ahcptq_jax.command import finish
 from experiments.coco import CocoDataset, load_boxes
 from experiments.coco.masks import decode
 from experiments.evaluate.predictions import predict_image
-from experiments.job.command import finish
 from experiments.job.options import Options
 from experiments.job.plan import evaluation_set
 from experiments.mini.evaluate import load_model

@@ -17,12 +17,12 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from ahcptq_jax.command import finish
 from ahcptq_jax.flags import define_flags, values, with_flag_files
 from experiments import coco, evaluate, integer_check
 from experiments import main as main_job
 from experiments.job import plan
 from experiments.job import run as one_run
-from experiments.job.command import finish
 from experiments.job.options import Options
 from experiments.job.summary import summary
 from hwcost.counts.codes import histograms

@@ -54,7 +54,7 @@ def _lloyd(points: jax.Array, weights: jax.Array, centers: jax.Array, steps: int
     """Lloyd iterations on weighted points (2, N) from centers (2, K); an empty cluster keeps its centre."""
     table = jnp.concatenate([points * weights, weights[None]]).T  # (N, 3)
 
-    def step(_: int, centers: jax.Array) -> jax.Array:
+    def step(_: jax.Array, centers: jax.Array) -> jax.Array:
         distances = _distances(points, centers)
         # min and a comparison vectorise where argmin does not; a tie counts for both centres, which are then equal
         # or equally good.
@@ -137,7 +137,7 @@ def _kmeans(points: jax.Array, weights: jax.Array, k: int, wanted: jax.Array | i
         centers = _lloyd(points, weights, centers, _LLOYD_STEPS)
         return _inertia(points, weights, centers), centers
 
-    def swap(_: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def swap(_: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         loss, centers, failures = carry
         trial = _swap(points, weights, centers, active, jnp.asarray(_SWAPS)[failures % len(_SWAPS)])
         trial = _lloyd(points, weights, trial, _SWAP_LLOYD_STEPS)

@@ -1,4 +1,4 @@
-"""How the commands of this package take their arguments and end: with 0, or with one sentence and a status above it."""
+"""How the commands of this project take their arguments and end: with 0, or with one sentence and a status above it."""
 
 import contextlib
 import errno
@@ -28,12 +28,17 @@ _REMEDIES = {
 }
 
 
-def launch(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
+def launch(
+    main: Callable[[list[str]], int],
+    arguments: Sequence[str] | None = None,
+    read: Callable[[Sequence[str]], list[str]] = with_flag_files,
+) -> NoReturn:
     """Reads the command line, with its flag files, and ends the process with the status of `main`.
 
     Args:
         main: takes what is left of the arguments, the program's name first; usually calls `finish`.
         arguments: the command line; `sys.argv` by default.
+        read: puts the lines of flag files in their place; may raise `InputError`.
     """
     open_closed_streams()
     plain_format = warnings.formatwarning
@@ -46,16 +51,23 @@ def launch(main: Callable[[list[str]], int], arguments: Sequence[str] | None = N
 
     warnings.formatwarning = one_line
 
-    app.run(main, argv=list(sys.argv if arguments is None else arguments), flags_parser=parse_flags)
+    def parse(words: Sequence[str]) -> list[str]:
+        return parse_flags(words, read=read)
+
+    app.run(main, argv=list(sys.argv if arguments is None else arguments), flags_parser=parse)
     raise AssertionError("app.run ends the process")
 
 
-def parse_flags(words: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+def parse_flags(
+    words: Sequence[str],
+    flag_values: flags.FlagValues = flags.FLAGS,
+    read: Callable[[Sequence[str]], list[str]] = with_flag_files,
+) -> list[str]:
     """Sets the flags of a command line and returns what is left of it; ends the process where that cannot be."""
     # absl shows INFO, at which JAX tells of every accelerator that is absent.
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:
-        return flag_values(with_flag_files(words))
+        return flag_values(read(words))
     except InputError as error:
         sys.exit(_fail(str(error)))
     except flags.Error as error:

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.job import command
-from experiments.job.command import FAILED, INTERRUPTED, finish
+from ahcptq_jax import command
+from ahcptq_jax.command import FAILED, INTERRUPTED, finish
 from sam_flax.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -116,9 +116,7 @@ def test_closed_output_is_no_fault(tmp_path: Path) -> None:
 
 
 def test_streams_take_any_file_name(tmp_path: Path) -> None:
-    script = (
-        "import os; from experiments.job.command import open_closed_streams as o; o(); print(os.fsdecode(b'\\xe9'))"
-    )
+    script = "import os; from ahcptq_jax.command import open_closed_streams as o; o(); print(os.fsdecode(b'\\xe9'))"
     environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, env=environment, check=True)
     assert done.stdout == b"\xe9\n"
