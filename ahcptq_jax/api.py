@@ -91,6 +91,7 @@ def quantize(
         [image.boxes for image in images],
         reconstruction,
         target=config,
+        original=None if calibrated.original is calibrated.params else calibrated.original,
         progress=progress,
         state_dir=folder,
         on_unit=on_unit,
@@ -215,13 +216,19 @@ def _save_calibrated(folder: Path, identity: str, params: Params, calibrated: Ca
         file = Path(scratch) / "calibrated.safetensors"
         artefact.save(calibrated.quantized, file)
         content = np.frombuffer(file.read_bytes(), np.uint8)
-    before = flatten(params)
-    changed = {
-        f"params/{path}": np.asarray(value)
-        for path, value in flatten(calibrated.params).items()
-        if value is not before[path] and not np.array_equal(np.asarray(value), np.asarray(before[path]))
+    kept = {f"params/{path}": value for path, value in _changed(params, calibrated.params).items()}
+    kept |= {f"original/{path}": value for path, value in _changed(calibrated.params, calibrated.original).items()}
+    saved_state.save(folder / _CALIBRATED, identity, {"artefact": content, **kept})
+
+
+def _changed(before: Params, after: Params) -> dict[str, np.ndarray]:
+    """The parameters that differ, by path."""
+    old = flatten(before)
+    return {
+        path: np.asarray(value)
+        for path, value in flatten(after).items()
+        if value is not old[path] and not np.array_equal(np.asarray(value), np.asarray(old[path]))
     }
-    saved_state.save(folder / _CALIBRATED, identity, {"artefact": content, **changed})
 
 
 def _load_calibrated(folder: Path, identity: str, params: Params) -> Calibrated | None:
@@ -230,9 +237,15 @@ def _load_calibrated(folder: Path, identity: str, params: Params) -> Calibrated 
     if arrays is None:
         return None
     flat = flatten(params)
-    changed = {name.removeprefix("params/"): value for name, value in arrays.items() if name != "artefact"}
-    saved_state.check_names(path, arrays, ["artefact", *(f"params/{name}" for name in changed if name in flat)])
+    changed, aim = (
+        {name.removeprefix(part): value for name, value in arrays.items() if name.startswith(part)}
+        for part in ("params/", "original/")
+    )
+    known = [f"{part}/{name}" for part in ("params", "original") for name in flat]
+    saved_state.check_names(path, arrays, ["artefact", *(name for name in known if name in arrays)])
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "calibrated.safetensors"
         file.write_bytes(arrays["artefact"].tobytes())
-        return Calibrated(artefact.load(file), unflatten(flat | changed))
+        transformed = unflatten(flat | changed)
+        original = unflatten(flat | changed | aim) if aim else transformed
+        return Calibrated(artefact.load(file), transformed, original)

@@ -33,6 +33,9 @@ class QuantConfig:
     cag: bool = setting(True, "Channel groups for inputs of projections and first linears; else one scale a tensor.")
     big: bool = setting(True, "Sign flips that make bimodal keys unimodal.")
     agq: bool = setting(True, "Log2 softmax with adaptive granularity; else uniform.")
+    lnq: bool = setting(False, "Log-nonlinear softmax codes (AHCQ-SAM) in the place of log2 or uniform ones.")
+    acnr: bool = setting(False, "Smaller condition numbers of linears before they are quantized (AHCQ-SAM).")
+    refit: bool = setting(False, "Least-norm refit of linears to what they see before they are quantized (Q-SAM2).")
     groups: int = setting(
         4,
         "CAG's groups of channels; 0 keeps every channel on its own.",
@@ -100,7 +103,7 @@ W6A6 = QuantConfig(w_bits=6, a_bits=6)
 
 _UNIFORM = {"hluq": False, "cag": False, "big": False, "agq": False}
 # Each method's quantizers, as a record of switches over one code path. `methods.RECONSTRUCTION_METHODS` says how the
-# last five learn; the first four take statistics alone.
+# last six learn; the first four take statistics alone.
 METHODS: dict[str, dict] = {
     "minmax": {**_UNIFORM, "weight_search": False},
     "percentile": {**_UNIFORM, "weight_search": False, "act_range": "percentile"},
@@ -111,4 +114,5 @@ METHODS: dict[str, dict] = {
     "qdrop": _UNIFORM,
     "ptq4sam_l": {"hluq": False, "cag": False},
     "ahcptq": {},
+    "ahcq_sam": {"lnq": True, "acnr": True},
 }

@@ -44,4 +44,5 @@ RECONSTRUCTION_METHODS: dict[str, Method] = {
     "qdrop": Method(METHODS["qdrop"]),
     "ptq4sam_l": Method(METHODS["ptq4sam_l"]),
     "ahcptq": Method(METHODS["ahcptq"]),
+    "ahcq_sam": Method(METHODS["ahcq_sam"]),
 }

@@ -17,6 +17,10 @@ Kind = str
 
 # Kind -> the switch of `QuantConfig` that turns it off in an architecture's rules, and leaves uniform in its place.
 SWITCHES = {"hybrid": "hluq", "grouped": "cag", "log2": "agq"}
+# Kind -> the switch that puts another kind in its place, and that kind.
+REPLACED = {"log2": ("lnq", "log_nonlinear")}
+# The switch of `QuantConfig` -> the transform that it adds, in their order.
+TRANSFORMED = {"big": "bimodal", "refit": "refit", "acnr": "acnr"}
 
 
 class Choice(NamedTuple):
@@ -74,12 +78,19 @@ def recipe_of(architecture: Architecture, config: QuantConfig) -> Recipe:
             kind_named(rule.kind)
     rules = [*config.rules]
     for rule in architecture.rules:
-        switch = SWITCHES.get(rule.kind or "")
-        rules.append(rule if switch is None or getattr(config, switch) else dataclasses.replace(rule, kind="uniform"))
+        rules.append(dataclasses.replace(rule, kind=_switched(rule.kind, config)))
     transforms = [*architecture.transforms, *config.transforms]
-    if config.big:
-        transforms.append("bimodal")
+    transforms += [name for switch, name in TRANSFORMED.items() if getattr(config, switch)]
     return Recipe(tuple(rules), config, tuple(transforms))
+
+
+def _switched(kind: Kind | None, config: QuantConfig) -> Kind | None:
+    """What the method's switches make of an architecture's kind."""
+    switch, other = REPLACED.get(kind or "", ("", kind))
+    if switch and getattr(config, switch):
+        return other
+    switch = SWITCHES.get(kind or "", "")
+    return kind if not switch or getattr(config, switch) else "uniform"
 
 
 def site_kind(path: str, config: QuantConfig, architecture: str) -> Kind | None:

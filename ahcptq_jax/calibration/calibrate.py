@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from ahcptq_jax.architectures.sites import flatten
 from ahcptq_jax.calibration import passes, saved_state
 from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.calibration.images import CalibrationImage
+from ahcptq_jax.calibration.moments import layer_moments
 from ahcptq_jax.calibration.saved_statistics import SavedStatistics
 from ahcptq_jax.calibration.weights import quantize_weights
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.recipe import Recipe, recipe_of
 from ahcptq_jax.runtime.quantized import Quantized
-from ahcptq_jax.transforms import Context, transform_named
+from ahcptq_jax.transforms import Context, Moments, transform_named
 from sam_flax.errors import InputError
 from sam_flax.sam import Params
 
@@ -34,10 +36,13 @@ class Calibrated:
     Attributes:
         quantized: the model.
         params: the floating-point parameters that were quantized: those given, after all transforms.
+        original: those whose function is the model's own, which reconstruction aims at: after the transforms that keep
+            the function, up to the first that does not.
     """
 
     quantized: Quantized
     params: Params
+    original: Params
 
 
 def calibrate(
@@ -77,13 +82,7 @@ def calibrate(
         inputs = [(image.canvas, image.boxes) for image in images]
         cache.keep_passes_of(saved_state.fingerprint(sam.config, config.seed, params, inputs))
     run = _Calibration(sam, recipe, images, progress, None if state_dir is None else Path(state_dir), cache)
-    params, activations, embeddings = run.transform(params)
-    prompts = run.bar([image.boxes for image in images], "calibrate decoder")
-    activations |= passes.observe_decoder(sam, params, embeddings, prompts, recipe, cache)
-    remainder, weights = quantize_weights(
-        params, activations, recipe, cache or StatisticsCache(), lambda layers: run.bar(layers, "quantize weights")
-    )
-    return Calibrated(Quantized(remainder, weights, activations, sam, config), params)
+    return run.transformed(params)
 
 
 def check_finite(params: Params) -> None:
@@ -117,6 +116,10 @@ def check_recipe(recipe: Recipe, sites: Iterable[str]) -> None:
         _LOG.warning("%d sites that no rule names stay in floating point: %s.", len(unnamed), ", ".join(unnamed[:8]))
 
 
+# What the encoder's pass finds: its quantizers, and the embeddings of all images.
+Encoded = tuple[dict[str, Quantizer], list[Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Calibration:
     """The arguments of one call of `calibrate`, which its steps share."""
@@ -131,7 +134,7 @@ class _Calibration:
     def bar(self, iterable: Iterable[Any], label: str) -> Iterable[Any]:
         return tqdm(iterable, desc=label, disable=not self.progress, mininterval=1)
 
-    def observe(self, params: Params, number: int) -> tuple[dict[str, Quantizer], list[Any]]:
+    def observe(self, params: Params, number: int) -> Encoded:
         """The encoder's pass, the `number`-th of this run: its quantizers, and the embeddings of all images."""
         saved = None
         if self.state_dir is not None:
@@ -147,27 +150,56 @@ class _Calibration:
         canvases = self.bar([image.canvas for image in self.images], "calibrate encoder")
         return passes.observe_encoder(self.sam, params, canvases, self.recipe, saved, self.cache)
 
-    def transform(self, params: Params) -> tuple[Params, dict[str, Quantizer], list[Any]]:
-        """The transformed parameters, and what the encoder's pass finds with them.
+    def transformed(self, params: Params) -> Calibrated:
+        """The calibration of the transformed parameters.
 
         As in the paper's recipe, statistics come from the floating-point model. A pass is made when a transform needs
-        its embeddings, and again only if the encoder's parameters have changed since: BIG rewrites the decoder alone.
+        what it finds, and again only if the encoder's parameters have changed since: BIG rewrites the decoder alone.
         """
         architecture = architecture_of(self.sam)
-        found: tuple[dict[str, Quantizer], list[Any]] | None = None
+        found: Encoded | None = None
         made = 0
+        original: Params | None = None
         boxes = [image.boxes for image in self.images]
         for name in self.recipe.transforms:
             transform = transform_named(name)
-            if "embeddings" in transform.needs and found is None:
+            context = Context(architecture, self.sam, boxes=boxes)
+            if transform.needs and found is None:
                 found, made = self.observe(params, made), made + 1
-            embeddings = found[1] if found is not None else ()
-            changed = transform.apply(params, Context(architecture, self.sam, embeddings, boxes))
+            if "embeddings" in transform.needs and found is not None:
+                context = dataclasses.replace(context, embeddings=found[1])
+            if "moments" in transform.needs and found is not None:
+                moments = partial(self.moments, params, self.quantized(params, found))
+                context = dataclasses.replace(context, moments=moments)
+            if original is None and not transform.keeps_function:
+                original = params
+            changed = transform.apply(params, context)
             if found is not None and not _equal(params, changed, architecture.is_encoder):
                 found = None
             params = changed
-        activations, embeddings = self.observe(params, made) if found is None else found
-        return params, activations, embeddings
+        quantized = self.quantized(params, self.observe(params, made) if found is None else found)
+        return Calibrated(quantized, params, params if original is None else original)
+
+    def quantized(self, params: Params, found: Encoded) -> Quantized:
+        """The quantized model, given what the encoder's pass has found with these parameters."""
+        activations, embeddings = found
+        prompts = self.bar([image.boxes for image in self.images], "calibrate decoder")
+        activations = activations | passes.observe_decoder(
+            self.sam, params, embeddings, prompts, self.recipe, self.cache
+        )
+        remainder, weights = quantize_weights(
+            params,
+            activations,
+            self.recipe,
+            self.cache or StatisticsCache(),
+            lambda layers: self.bar(layers, "quantize weights"),
+        )
+        return Quantized(remainder, weights, activations, self.sam, self.recipe.config)
+
+    def moments(self, params: Params, quantized: Quantized) -> Iterator[tuple[str, Moments]]:
+        """See `Context.moments`."""
+        canvases, boxes = [image.canvas for image in self.images], [image.boxes for image in self.images]
+        return layer_moments(params, quantized, canvases, boxes, self.bar)
 
 
 def _equal(first: Params, second: Params, part: Callable[[str], bool]) -> bool:

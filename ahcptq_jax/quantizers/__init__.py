@@ -20,6 +20,7 @@ from ahcptq_jax.quantizers.hybrid import hybrid_fake_quant as hybrid_fake_quant
 from ahcptq_jax.quantizers.hybrid import hybrid_scales as hybrid_scales
 from ahcptq_jax.quantizers.log2 import Log2 as Log2
 from ahcptq_jax.quantizers.log2 import log2_fake_quant as log2_fake_quant
+from ahcptq_jax.quantizers.log_nonlinear import LogNonlinear as LogNonlinear
 from ahcptq_jax.quantizers.uniform import Uniform as Uniform
 from ahcptq_jax.quantizers.uniform import uniform_fake_quant as uniform_fake_quant
 

@@ -24,6 +24,8 @@ class Cost:
         arithmetic: what its codes make a processing element do.
         code_field: the quantizer's field without which a histogram of its codes cannot be read ("log_levels": how many
             are exponents; "tau": levels per octave); "" where there is none.
+        table_bits: not 0 where codes have no arithmetic of their own even in the paper's form: a table at the edge of
+            the array turns them into numbers of so many bits.
     """
 
     scales: int = 1
@@ -33,6 +35,7 @@ class Cost:
     multiples: int = 1
     arithmetic: Arithmetic = "multiply"
     code_field: str = ""
+    table_bits: int = 0
 
     @property
     def depends_on_codes(self) -> bool:
@@ -44,3 +47,4 @@ UNIFORM = Cost()
 GROUPED = Cost(per_group=True, multiples=8)
 HYBRID = Cost(scales=3, arithmetic="shift_or_multiply", code_field="log_levels")  # minimum and two scales
 LOG2 = Cost(codes=0, more_bits=2, arithmetic="shift", code_field="tau")  # tau is one of three
+TABLE = Cost(scales=2, codes=0, table_bits=8)  # alpha and scale

@@ -69,6 +69,7 @@ def reconstruct(
     config: ReconstructionConfig,
     *,
     target: QuantConfig | None = None,
+    original: Params | None = None,
     progress: bool = False,
     state_dir: str | Path | None = None,
     on_unit: Callable[[UnitReport], None] | None = None,
@@ -84,6 +85,7 @@ def reconstruct(
         config: the settings of the reconstruction.
         target: the configuration to end with, whose `groups` the channels are brought down to; by default that of
             `quantized`. Only `groups`, `group_metric` and `grid_bits` may differ.
+        original: the floating-point parameters whose outputs are aimed at, `Calibrated.original`; by default `params`.
         progress: shows a bar on stderr.
         state_dir: where finished units are kept, and found again by a later run with the same arguments.
         on_unit: called after each unit, when it has been saved.
@@ -97,8 +99,9 @@ def reconstruct(
     target = quantized.quant_config if target is None else target
     _check(quantized, images, boxes, target)
     _check_parameters(params, quantized)
+    given = (list(images), list(boxes)) if original is None else (list(images), list(boxes), original)
     identity = saved_state.fingerprint(
-        saved_state.code_version(), config.result_settings(), target, params, quantized, list(images), list(boxes)
+        saved_state.code_version(), config.result_settings(), target, params, quantized, *given
     )
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:
@@ -110,9 +113,10 @@ def reconstruct(
         start = dataclasses.replace(
             quantized, activations=learning.with_static_grids(quantized.activations, target.grid_bits)
         )
-        run = _Run(sam, params, start, boxes, config, target, StateFolder(folder, identity), bar, on_unit)
-        original, current = _reconstruct_encoder(run, encoder, images)
-        _reconstruct_decoder(run, decoder, original, current)
+        aim = params if original is None else original
+        run = _Run(sam, params, aim, start, boxes, config, target, StateFolder(folder, identity), bar, on_unit)
+        clean, noisy = _reconstruct_encoder(run, encoder, images)
+        _reconstruct_decoder(run, decoder, clean, noisy)
     return Quantized(quantized.params, run.weights, run.activations, sam, target)
 
 
@@ -177,6 +181,7 @@ class _Run:
         self,
         sam: Any,
         params: Params,
+        aim: Params,
         quantized: Quantized,
         boxes: Sequence[np.ndarray],
         config: ReconstructionConfig,
@@ -187,7 +192,13 @@ class _Run:
     ) -> None:
         self.sam, self.architecture, self.boxes = sam, architecture_of(sam), boxes
         self.floating = {path: jnp.asarray(value, jnp.float32) for path, value in flatten(params).items()}
-        self.params = unflatten(self.floating)
+        # What the units aim at; the floating-point parameters themselves but for transforms that change the function.
+        self.aim = (
+            self.floating
+            if aim is params
+            else {path: jnp.asarray(value, jnp.float32) for path, value in flatten(aim).items()}
+        )
+        self.params = unflatten(self.aim)
         self.remainder = flatten(quantized.params)  # what the quantized model leaves in floating point
         self.weights = dict(quantized.weights)
         self.activations = dict(quantized.activations)
@@ -200,7 +211,7 @@ class _Run:
 
     def original(self, unit: Unit) -> Callable[[Args], Any]:
         """The floating-point unit as a function from a row of inputs to its output."""
-        return partial(run_unit, unit.operation, unflatten(unit.own(self.floating)), {}, {})
+        return partial(run_unit, unit.operation, unflatten(unit.own(self.aim)), {}, {})
 
     def current(self, unit: Unit) -> Callable[[Args], Any]:
         """The quantized unit as a function from a row of inputs to its output."""

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Float32, Float64, Int, PyTree, Shaped
 
 from ahcptq_jax.architectures import Architecture
 from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
-from ahcptq_jax.transforms.base import Context, Transform, register
-from sam_flax.errors import InputError
+from ahcptq_jax.transforms.base import Context, Transform, register, takes_nothing
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params, call
 
@@ -193,8 +192,7 @@ def _apply(params: Params, context: Context) -> Params:
 
 
 def _make(argument: str) -> Transform:
-    if argument:
-        raise InputError(f"The transform bimodal takes no argument, but was given {argument!r}.")
+    takes_nothing("bimodal", argument)
     return Transform("bimodal", _apply, needs=("embeddings",))
 
 

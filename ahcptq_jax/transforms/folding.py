@@ -4,15 +4,13 @@ What is left of a batch norm in a model that is used is a scale and an offset fo
 kernel, whose channels have a scale of their own anyway; the offset stays behind the product, as a bias.
 """
 
-from ahcptq_jax.transforms.base import Context, Transform, register
+from ahcptq_jax.transforms.base import Context, Transform, register, takes_nothing
 from sam_flax.convolutions import folded
-from sam_flax.errors import InputError
 from sam_flax.sam import Params
 
 
 def _make(argument: str) -> Transform:
-    if argument:
-        raise InputError(f"The transform fold_norms takes no argument, but got {argument!r}; write fold_norms.")
+    takes_nothing("fold_norms", argument)
 
     def apply(params: Params, context: Context) -> Params:
         del context

@@ -50,9 +50,11 @@ class Formats:
                 f"grid_bits={self.grid_bits} has no room for the {bits}-bit codes of {path}; give at least as many, or "
                 "0 for the paper's form without a grid."
             )
-        if not self.grid_bits or not (cost.per_group or cost.depends_on_codes):
+        level_bits = self.grid_bits or cost.table_bits
+        has_table = cost.table_bits or (self.grid_bits and (cost.per_group or cost.depends_on_codes))
+        if not has_table:
             return Operand(bits, cost)
-        return Operand(bits, cost, self.grid_bits, _table_address(cost, self.quant.groups, bits, self.grid_bits))
+        return Operand(bits, cost, level_bits, _table_address(cost, self.quant.groups, bits, level_bits))
 
     def weight(self, site: str) -> Operand:
         """Format of the weights of the layer behind a site: codes exactly where its input is codes."""

@@ -168,11 +168,26 @@ def _log2(graph: Graph, x: str, quantizer: Any, name: str) -> Coded:
     return _log2_of_logarithm(graph, graph.node("Log", x), quantizer, name)
 
 
+def _log_nonlinear(graph: Graph, x: str, quantizer: Any, name: str) -> Coded:
+    found = kind_of(quantizer).levels(quantizer)
+    table, last = np.asarray(found.table), 2**quantizer.bits - 1
+    alpha, scale = (float(np.asarray(a).reshape(())) for a in (quantizer.alpha, quantizer.scale))
+    whole, top = math.log1p(alpha * scale), int(table[-1])
+    logarithm = graph.node("Log", graph.node("Add", graph.node("Mul", x, graph.constant(alpha)), graph.constant(1.0)))
+    codes = round_to_levels(graph, logarithm, whole / last, 0, last, "")
+    power = graph.node("DequantizeLinear", codes, graph.constant(whole / last), graph.constant(0, np.uint8))
+    above = graph.node("Sub", graph.node("Exp", power), graph.constant(1.0))
+    # Half a level rounds up, as in the table.
+    step = math.expm1(whole) / top * (1.0 - 1e-6)
+    return Coded(round_to_levels(graph, above, step, 0, top, name), 0, float(found.step))
+
+
 ENCODERS: dict[str, Callable[[Graph, str, Any, str], Coded]] = {
     "uniform": _uniform,
     "grouped": _grouped,
     "hybrid": _hybrid,
     "log2": _log2,
+    "log_nonlinear": _log_nonlinear,
 }
 
 

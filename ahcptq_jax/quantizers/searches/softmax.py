@@ -1,19 +1,20 @@
-"""AGQ's tau and scale, by the error of attention times values."""
+"""Scales of softmax outputs, by the error of attention times values: AGQ's with its tau, LNQ's with its alpha."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ahcptq_jax.quantizers import Log2, log2_fake_quant
+from ahcptq_jax.quantizers import Log2, LogNonlinear, log2_fake_quant
 from ahcptq_jax.quantizers.base import check_bits
 from ahcptq_jax.quantizers.log2 import TAUS
+from ahcptq_jax.quantizers.log_nonlinear import ALPHAS, log_nonlinear_values
 from ahcptq_jax.quantizers.searches.batches import COARSE_ELEMENTS, no_batches
 from ahcptq_jax.quantizers.searches.loss import loss_power
 
@@ -24,11 +25,11 @@ FINE_ELEMENTS = 2**22
 
 
 class SoftmaxState(NamedTuple):
-    """Running statistics of the softmax search, one entry per tau (1, 2, 4).
+    """Running statistics of the softmax search, one entry for each of n taus or alphas.
 
     Attributes:
-        scale_sum: ``(3,)`` sum over batches of the best scale.
-        error_sum: ``(3,)`` sum over batches of its loss.
+        scale_sum: ``(n,)`` sum over batches of the best scale.
+        error_sum: ``(n,)`` sum over batches of its loss.
         batches: batches seen.
     """
 
@@ -37,9 +38,9 @@ class SoftmaxState(NamedTuple):
     batches: jax.Array
 
 
-def softmax_init() -> SoftmaxState:
-    """Empty state."""
-    return SoftmaxState(jnp.zeros(len(TAUS), jnp.float32), jnp.zeros(len(TAUS), jnp.float32), jnp.float32(0))
+def softmax_init(candidates: int = len(TAUS)) -> SoftmaxState:
+    """Empty state for so many taus or alphas."""
+    return SoftmaxState(jnp.zeros(candidates, jnp.float32), jnp.zeros(candidates, jnp.float32), jnp.float32(0))
 
 
 @functools.partial(jax.jit, static_argnames=("levels", "max_elements"))
@@ -60,11 +61,51 @@ def softmax_update(
 
     Source: official ``LogAvgMSEFastObserver``.
     """
+    tau = jnp.asarray(TAUS, jnp.int32)
+
+    def error(attention: jax.Array, scale: jax.Array, tau: jax.Array) -> jax.Array:
+        return log2_fake_quant(attention, scale, tau, levels) - attention
+
+    maximum = jnp.max(jnp.asarray(attention, jnp.float32))
+    low = jnp.minimum(0.1, 0.01 * maximum)
+    return _add_best(state, attention, value, tau, low, maximum, error, max_elements)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "max_elements"))
+def log_nonlinear_update(
+    state: SoftmaxState, attention: jax.Array, value: jax.Array, bits: int, max_elements: int | None = 2**24
+) -> SoftmaxState:
+    """Adds a batch: the best scale and its loss for every alpha; arguments as in `softmax_update`.
+
+    Source: AHCQ-SAM's search for LNQ, which bounds the scale to ``[max(1e-4, max / 10), max]``.
+    """
+    alpha = jnp.asarray(ALPHAS, jnp.float32)
+
+    def error(attention: jax.Array, scale: jax.Array, alpha: jax.Array) -> jax.Array:
+        return log_nonlinear_values(attention, alpha, scale, bits) - attention
+
+    maximum = jnp.max(jnp.asarray(attention, jnp.float32))
+    low = jnp.minimum(jnp.maximum(1e-4, 0.1 * maximum), maximum)
+    return _add_best(state, attention, value, alpha, low, maximum, error, max_elements)
+
+
+# (attention, scale, tau or alpha) -> what quantization adds to the attention.
+QuantizationError = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _add_best(
+    state: SoftmaxState,
+    attention: jax.Array,
+    value: jax.Array,
+    tau: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    error: QuantizationError,
+    max_elements: int | None,
+) -> SoftmaxState:
+    """Adds the best scale between two bounds for each tau or alpha (n,), and its loss; see `softmax_update`."""
     attention = jnp.asarray(attention, jnp.float32).reshape(-1, *attention.shape[-2:])
     value = jnp.asarray(value, jnp.float32).reshape(-1, *value.shape[-2:])
-    maximum = jnp.max(attention)
-    low, high = jnp.minimum(0.1, 0.01 * maximum), maximum
-    tau = jnp.asarray(TAUS, jnp.int32)
 
     def thinned(limit: int | None) -> jax.Array:
         stride = 1 if limit is None else math.ceil(attention.size / limit)
@@ -85,8 +126,8 @@ def softmax_update(
     best_scale = left
     best_loss = jnp.full(tau.shape, jnp.inf)
     for rows, points, reach in rounds:
-        scales = left[:, None] + (right - left)[:, None] * jnp.linspace(0.0, 1.0, points)  # (3, points)
-        losses = _softmax_losses(rows, value, tau, scales, levels)
+        scales = left[:, None] + (right - left)[:, None] * jnp.linspace(0.0, 1.0, points)  # (n, points)
+        losses = _softmax_losses(rows, value, tau, scales, error)
         chosen = jnp.argmin(losses, axis=1)[:, None]
         scale, loss = (jnp.take_along_axis(a, chosen, axis=1)[:, 0] for a in (scales, losses))
         if rows is fine:
@@ -102,12 +143,24 @@ def softmax_update(
 
 def softmax_finalize(state: SoftmaxState, bits: int) -> Log2:
     """The tau with the least total loss, and the mean of its best scales."""
+    index, scale = _best(state)
+    return Log2(scale, jnp.int32(TAUS[index]), bits)
+
+
+def log_nonlinear_finalize(state: SoftmaxState, bits: int) -> LogNonlinear:
+    """The alpha with the least total loss, and the mean of its best scales."""
+    index, scale = _best(state)
+    return LogNonlinear(jnp.float32(ALPHAS[index]), scale, bits)
+
+
+def _best(state: SoftmaxState) -> tuple[int, jax.Array]:
+    """The index of the least total loss, and the mean of the best scales there."""
     if not state.batches:
         raise no_batches()
     if not np.all(np.isfinite(np.asarray(state.error_sum))):
         raise ValueError("the softmax losses are not finite; the attention or the values hold NaN or infinity")
     index = int(np.argmin(np.asarray(state.error_sum)))
-    return Log2(state.scale_sum[index] / state.batches, jnp.int32(TAUS[index]), bits)
+    return index, state.scale_sum[index] / state.batches
 
 
 def search_softmax(
@@ -143,9 +196,9 @@ def search_softmax(
 
 
 def _softmax_losses(
-    attention: jax.Array, value: jax.Array, tau: jax.Array, scales: jax.Array, levels: int
+    attention: jax.Array, value: jax.Array, tau: jax.Array, scales: jax.Array, error: QuantizationError
 ) -> jax.Array:
-    """Mean ``|A_q V - A V|^2.4`` (3, n) for each tau (3,) and its scales (3, n), of (B, R, K) times (B, K, D)."""
+    """Mean ``|A_q V - A V|^2.4`` (n, s) for each tau (n,) and its scales (n, s), of (B, R, K) times (B, K, D)."""
     batch, rows, keys = attention.shape
     # Blocks that stay in the cache: 3 times as fast on a CPU as the whole tensor at once.
     together = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * rows * keys <= 2**20))
@@ -159,8 +212,8 @@ def _softmax_losses(
 
         def block_loss(block: tuple[jax.Array, jax.Array]) -> jax.Array:
             attention, value = block
-            error = log2_fake_quant(attention, scale, tau, levels) - attention
-            return jnp.mean(loss_power(jnp.abs(jnp.matmul(error, value, precision=jax.lax.Precision.HIGHEST))))
+            added = error(attention, scale, tau)
+            return jnp.mean(loss_power(jnp.abs(jnp.matmul(added, value, precision=jax.lax.Precision.HIGHEST))))
 
         return jnp.mean(jax.lax.map(block_loss, blocks))
 

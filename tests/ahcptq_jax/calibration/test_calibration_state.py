@@ -172,6 +172,9 @@ CHANGES: dict[str, Any] = {
     "act_range": "percentile",
     "grid_bits": 8,
     "weight_search": False,
+    "lnq": True,
+    "acnr": True,
+    "refit": True,
     "hluq_rows": 5,
     "softmax_rows": 5,
     "prompts_per_image": 3,
@@ -204,6 +207,7 @@ def program(rule: SiteRule, config: QuantConfig) -> str:
         ("lin2/input", "grouped"),
         ("lin2/input", "uniform"),
         ("attn/softmax", "log2"),
+        ("attn/softmax", "log_nonlinear"),
         ("attn/softmax", "uniform"),
     ],
 )

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
+from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, LogNonlinear, Uniform
 from ahcptq_jax.quantizers.kinds import kind_named, kind_of
+from ahcptq_jax.quantizers.log_nonlinear import ALPHAS
 
 CHANNELS = 11
 GRIDS = (5, 6, 7, 8)
@@ -23,12 +24,14 @@ def scales(least=2e-3, most=30.0):
 @st.composite
 def quantizers(draw, bits):
     """Any sound quantizer of any built-in kind."""
-    kind = draw(st.sampled_from(["uniform", "grouped", "log2", "hybrid"]))
+    kind = draw(st.sampled_from(["uniform", "grouped", "log2", "hybrid", "log_nonlinear"]))
     zeros = st.integers(0, 2**bits - 1).map(np.float32)
     if kind == "uniform":
         return Uniform(draw(scales()), draw(zeros), bits)
     if kind == "log2":
         return Log2(draw(scales()), np.int32(draw(st.sampled_from([1, 2, 4]))), bits)
+    if kind == "log_nonlinear":
+        return LogNonlinear(np.float32(draw(st.sampled_from(ALPHAS))), draw(scales()), bits)
     if kind == "grouped":
         groups = draw(st.integers(1, 6))
         scale, zero = ([draw(of) for _ in range(groups)] for of in (scales(0.1, 3.0), zeros))
@@ -81,6 +84,7 @@ def test_levels_of_a_quantizer_off_the_grid_are_those_of_the_nearest(bits, data)
         Uniform(jnp.float32(0.3), jnp.float32(7), 4),
         Grouped(jnp.array([0.3, 0.5, 1.1]), jnp.array([3.0, 8.0, 15.0]), jnp.arange(CHANNELS) % 3, 4),
         Log2(jnp.float32(0.7), jnp.int32(2), 4),
+        LogNonlinear(jnp.float32(20), jnp.float32(0.7), 4),
         Hybrid.from_range(-0.17, 4.0, 0.3, 0.25, 4),
     ],
     ids=lambda q: type(q).__name__,

@@ -664,7 +664,9 @@ def test_a_finished_calibration_is_taken_over(sam, params, calibrated, tmp_path,
     image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     calls, seen, handed = [], [], []
     transformed = unflatten(flatten(params) | {"mask_decoder/iou_token": 2 * params["mask_decoder"]["iou_token"]})
-    monkeypatch.setattr(api, "calibrate", lambda *_, **__: calls.append(1) or Calibrated(calibrated, transformed))
+    monkeypatch.setattr(
+        api, "calibrate", lambda *_, **__: calls.append(1) or Calibrated(calibrated, transformed, transformed)
+    )
 
     def reconstruct(sam, params, quantized, *_, **__):
         handed.append(params)
