@@ -1,6 +1,7 @@
 """`quantize`: from a floating-point segmenter and a few images to a `Quantized` one, with or without reconstruction."""
 
 import dataclasses
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -17,8 +18,10 @@ from ahcptq_jax.calibration.calibrate import Calibrated, calibrate
 from ahcptq_jax.calibration.images import CalibrationImage, prepare_images
 from ahcptq_jax.config import W4A4, QuantConfig
 from ahcptq_jax.formats import artefact
+from ahcptq_jax.mixed import choose_widths, parse_budget
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.run import UnitReport, reconstruct
+from ahcptq_jax.rules import Rule
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax.errors import InputError
 from sam_flax.sam import Params
@@ -71,11 +74,17 @@ def quantize(
     """
     config = _configuration(config)
     _check_reconstruction(reconstruction)
+    if config.budget:
+        parse_budget(config.budget)
     if remainder not in ("fp16", "fp32"):
         raise InputError(f"remainder={remainder!r} must be 'fp16' or 'fp32'.")
     sam = check_model(sam, params)
     images = prepare_images(calib, sam, config)
     folder = None if state_dir is None else Path(state_dir)
+    if config.budget:
+        config = dataclasses.replace(
+            config, rules=config.rules + _widths(sam, params, images, config, folder, progress)
+        )
     if reconstruction is None:
         calibrated = calibrate(sam, params, images, config, progress=progress, state_dir=folder, cache=cache)
         return calibrated.quantized.with_rounded_remainder() if remainder == "fp16" else calibrated.quantized
@@ -181,6 +190,33 @@ def check_model(sam: Any, params: Any) -> Any:
 def _has_parts(params: Any, parts: tuple[str, ...]) -> bool:
     """Whether an object is a nested mapping with these parts at its top."""
     return isinstance(params, Mapping) and all(isinstance(params.get(part), Mapping) for part in parts)
+
+
+_WIDTHS = "widths.npz"
+
+
+def _widths(
+    sam: Any,
+    params: Params,
+    images: list[CalibrationImage],
+    config: QuantConfig,
+    folder: Path | None,
+    progress: bool,
+) -> tuple[Rule, ...]:
+    """The rules that meet the budget, which are read from the state folder if an equal run has left them there."""
+    identity = ""
+    if folder is not None:
+        inputs = [(image.canvas, image.boxes) for image in images]
+        identity = saved_state.fingerprint(saved_state.code_version(), sam.config, config, params, inputs)
+        saved = saved_state.load(folder / _WIDTHS, identity)
+        if saved is not None:
+            return tuple(Rule(**rule) for rule in json.loads(saved["rules"].tobytes()))
+    rules = choose_widths(sam, params, images, config, progress)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([dataclasses.asdict(rule) for rule in rules])
+        saved_state.save(folder / _WIDTHS, identity, {"rules": np.frombuffer(text.encode(), np.uint8)})
+    return rules
 
 
 # The whole calibration is saved, and not made again: the identities of saved units depend on its last bits, which can

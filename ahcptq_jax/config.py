@@ -1,6 +1,7 @@
 """What to quantize to, and which parts of the method are on."""
 
 import dataclasses
+import re
 from typing import Any
 
 from ahcptq_jax.rules import Rule
@@ -36,6 +37,14 @@ class QuantConfig:
     lnq: bool = setting(False, "Log-nonlinear softmax codes (AHCQ-SAM) in the place of log2 or uniform ones.")
     acnr: bool = setting(False, "Smaller condition numbers of linears before they are quantized (AHCQ-SAM).")
     refit: bool = setting(False, "Least-norm refit of linears to what they see before they are quantized (Q-SAM2).")
+    budget: str = setting(
+        "",
+        "Widths by layer for what this uniform width would cost: bytes:3.5 of weights, or bitops:3.5.",
+        check=Check(
+            lambda text: not text or re.fullmatch(r"\w+:\d+(\.\d+)?", text) is not None,
+            "empty, or what is counted, a colon and a width, such as bytes:3.5",
+        ),
+    )
     groups: int = setting(
         4,
         "CAG's groups of channels; 0 keeps every channel on its own.",

@@ -29,7 +29,7 @@ LAYERS = (
     ("recipe", "transforms"),
     ("runtime",),
     ("calibration", "formats"),
-    ("reconstruction",),
+    ("mixed", "reconstruction"),
     ("methods",),
     ("api",),
     ("",),  # the package itself: what users import

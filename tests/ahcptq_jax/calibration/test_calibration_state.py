@@ -172,6 +172,7 @@ CHANGES: dict[str, Any] = {
     "act_range": "percentile",
     "grid_bits": 8,
     "weight_search": False,
+    "budget": "bytes:3",
     "lnq": True,
     "acnr": True,
     "refit": True,
