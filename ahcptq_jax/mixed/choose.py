@@ -103,7 +103,7 @@ def _rules(
     recipe = recipe_of(architecture, config)
     wide = recipe_of(architecture, dataclasses.replace(config, w_bits=8 if config.w_bits != 8 else 7))
 
-    def widths(path: str, site: str, weights: bool) -> tuple[int, ...]:
+    def widths_of(path: str, site: str, weights: bool) -> tuple[int, ...]:
         choice, other = recipe.at(site), wide.at(site)
         if choice is None or other is None:
             return (FLOAT_WIDTH,)
@@ -119,9 +119,11 @@ def _rules(
     allowed = 0.0
     for product in products:
         layer = product.left.removesuffix("/input")
-        lefts = widths(product.left, product.left, False)
+        lefts = widths_of(product.left, product.left, False)
         rights = (
-            widths(layer, product.left, True) if product.right is None else widths(product.right, product.right, False)
+            widths_of(layer, product.left, True)
+            if product.right is None
+            else widths_of(product.right, product.right, False)
         )
         options.append([Option(left, right) for left in lefts for right in rights])
         other = layer if product.right is None else product.right
@@ -131,9 +133,8 @@ def _rules(
 
         losses.append([damage(product.left, o.left) + damage(other, o.right) for o in options[-1]])
         costs.append([cost(product, o.left, o.right) for o in options[-1]])
-        left = budget.width if len(lefts) > 1 else float(lefts[0])
-        right = budget.width if len(rights) > 1 else float(rights[0])
-        allowed += cost(product, left, right)
+        uniform = [budget.width if len(widths) > 1 else float(widths[0]) for widths in (lefts, rights)]
+        allowed += cost(product, *uniform)
     rules = []
     for product, of_product, index in zip(products, options, solve(losses, costs, allowed), strict=True):
         chosen = of_product[index]
