@@ -37,6 +37,7 @@ class QuantConfig:
     lnq: bool = setting(False, "Log-nonlinear softmax codes (AHCQ-SAM) in the place of log2 or uniform ones.")
     acnr: bool = setting(False, "Smaller condition numbers of linears before they are quantized (AHCQ-SAM).")
     refit: bool = setting(False, "Least-norm refit of linears to what they see before they are quantized (Q-SAM2).")
+    pcc: bool = setting(False, "Ranges of the decoder's queries and keys by what attention focuses on (SAQ-SAM).")
     budget: str = setting(
         "",
         "Widths by layer for what this uniform width would cost: bytes:3.5 of weights, or bitops:3.5.",
@@ -112,7 +113,7 @@ W6A6 = QuantConfig(w_bits=6, a_bits=6)
 
 _UNIFORM = {"hluq": False, "cag": False, "big": False, "agq": False}
 # Each method's quantizers, as a record of switches over one code path. `methods.RECONSTRUCTION_METHODS` says how the
-# last six learn; the first four take statistics alone.
+# last seven learn; the first four take statistics alone.
 METHODS: dict[str, dict] = {
     "minmax": {**_UNIFORM, "weight_search": False},
     "percentile": {**_UNIFORM, "weight_search": False, "act_range": "percentile"},
@@ -123,5 +124,6 @@ METHODS: dict[str, dict] = {
     "qdrop": _UNIFORM,
     "ptq4sam_l": {"hluq": False, "cag": False},
     "ahcptq": {},
+    "saq_sam": {"hluq": False, "cag": False, "big": False, "act_range": "mse", "pcc": True},
     "ahcq_sam": {"lnq": True, "acnr": True},
 }

@@ -45,4 +45,7 @@ RECONSTRUCTION_METHODS: dict[str, Method] = {
     "ptq4sam_l": Method(METHODS["ptq4sam_l"]),
     "ahcptq": Method(METHODS["ahcptq"]),
     "ahcq_sam": Method(METHODS["ahcq_sam"]),
+    # Blocks up to a global one together, by what prompts see of them. Its two halves switch off alone: -pcc, and
+    # +objective=local with +granularity=part.
+    "saq_sam": Method(METHODS["saq_sam"], {"granularity": "stage", "objective": "prompt_aware"}),
 }

@@ -19,6 +19,8 @@ Kind = str
 SWITCHES = {"hybrid": "hluq", "grouped": "cag", "log2": "agq"}
 # Kind -> the switch that puts another kind in its place, and that kind.
 REPLACED = {"log2": ("lnq", "log_nonlinear")}
+# The sites of an attention whose ranges PCC chooses, each with one scale, in the order of its search.
+FOCUSED = ("q_proj/input", "k_proj/input", "q", "k")
 # The switch of `QuantConfig` -> the transform that it adds, in their order.
 TRANSFORMED = {"big": "bimodal", "refit": "refit", "acnr": "acnr"}
 
@@ -77,6 +79,8 @@ def recipe_of(architecture: Architecture, config: QuantConfig) -> Recipe:
         if rule.kind not in (None, FLOAT):
             kind_named(rule.kind)
     rules = [*config.rules]
+    if config.pcc and architecture.focused is not None:
+        rules += [Rule(f"(?:{architecture.focused})/{leaf}", "uniform") for leaf in FOCUSED]
     for rule in architecture.rules:
         rules.append(dataclasses.replace(rule, kind=_switched(rule.kind, config)))
     transforms = [*architecture.transforms, *config.transforms]

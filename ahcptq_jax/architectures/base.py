@@ -25,9 +25,18 @@ Module = Any  # a Linen module with a `config`, `init_params` and `decode`, as `
 Shape = tuple[int, ...]
 
 # What a unit of reconstruction can be, in forward order.
-PARTS = ("encoder_attention", "encoder_mlp", "encoder_block", "neck", "decoder_attention", "decoder_mlp")
-# What is learned together in the encoder: a part of a block, as in the paper, or the block whole.
-GRANULARITIES = ("part", "block")
+PARTS = (
+    "encoder_attention",
+    "encoder_mlp",
+    "encoder_block",
+    "encoder_stage",
+    "neck",
+    "decoder_attention",
+    "decoder_mlp",
+)
+# What is learned together in the encoder: a part of a block, as in AHCPTQ; the block whole; or, as in SAQ-SAM, all
+# blocks up to the next one with global attention.
+GRANULARITIES = ("part", "block", "stage")
 # The sites of an attention whose two products run on codes.
 ATTENTION_SITES = ("q", "k", "v", "softmax")
 
@@ -132,6 +141,8 @@ class Architecture(abc.ABC):
         decoder_parts: those that `decode` reads.
         transforms: names of the rewritings that every quantization of the family begins with.
         bimodal: pattern of the attentions whose keys BIG inspects; they have `q_proj`, `k_proj` and a site `k`.
+        focused: pattern of the attentions whose queries and keys PCC clips; they have `q_proj`, `k_proj` and biases.
+        transformer: path of the decoder's transformer, which returns (queries, tokens of the image), for objectives.
         attentions: class of an attention module -> how it runs on codes.
     """
 
@@ -141,6 +152,8 @@ class Architecture(abc.ABC):
     decoder_parts: ClassVar[tuple[str, ...]]
     transforms: ClassVar[tuple[str, ...]] = ()
     bimodal: ClassVar[str | None] = None
+    focused: ClassVar[str | None] = None
+    transformer: ClassVar[str | None] = None
     attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
 
     @abc.abstractmethod
@@ -185,6 +198,11 @@ class Architecture(abc.ABC):
     @abc.abstractmethod
     def encoder_units(self, sam: Module, granularity: str = "part") -> list[Unit]:
         """The image encoder's units in forward order; `granularity` is one of `GRANULARITIES`."""
+
+    def neck(self, sam: Module) -> Stage | None:
+        """The stage that makes an embedding of what any block of the encoder returns; None where blocks differ."""
+        del sam
+        return None
 
     @abc.abstractmethod
     def decoder_units(self, sam: Module) -> list[Unit]:

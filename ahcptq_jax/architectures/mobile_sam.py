@@ -64,6 +64,7 @@ class MobileSamArchitecture(Architecture):
     decoder_parts = sam_heads.DECODER_PARTS
     transforms = ("fold_norms",)
     bimodal = sam_heads.BIMODAL
+    focused = sam_heads.ATTENTION
     attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
 
     def fits(self, sam: Any) -> bool:
@@ -88,6 +89,8 @@ class MobileSamArchitecture(Architecture):
         return sam.embed(params, images)
 
     def encoder_units(self, sam: MobileSam, granularity: str = "part") -> list[Unit]:
+        if granularity == "stage":
+            raise InputError(f"granularity='stage' is for plain ViT encoders, not for {self.name}; use part or block.")
         units: list[Unit] = []
         for stage in sam.stages().stages:
             whole, prefix = stage.prefix.rstrip("/"), stage.prefix

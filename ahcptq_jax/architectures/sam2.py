@@ -59,6 +59,7 @@ class Sam2Architecture(Architecture):
     parts = sam_heads.PARTS
     decoder_parts = sam_heads.DECODER_PARTS
     bimodal = sam_heads.BIMODAL
+    focused = sam_heads.ATTENTION
     attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
 
     def fits(self, sam: Any) -> bool:
@@ -88,6 +89,8 @@ class Sam2Architecture(Architecture):
         return _embed(first.module, params["image_encoder"][first.key], images)
 
     def encoder_units(self, sam: Sam2, granularity: str = "part") -> list[Unit]:
+        if granularity == "stage":
+            raise InputError(f"granularity='stage' is for plain ViT encoders, not for {self.name}; use part or block.")
         units: list[Unit] = []
         outputs = {EMBEDDED: EMBEDDED}  # of stages -> the names of the units that make them
         *blocks, neck = self.stages(sam).stages

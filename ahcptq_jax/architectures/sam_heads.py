@@ -12,7 +12,7 @@ from sam_flax.layers import MLPBlock
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 DECODER_PARTS = ("prompt_encoder", "mask_decoder")
 TRANSFORMER = r"mask_decoder/transformer"
-_ATTENTION = TRANSFORMER + r"/(layers_\d+/\w+_attn|layers_\d+/cross_attn_\w+|final_attn_token_to_image)"
+ATTENTION = TRANSFORMER + r"/(layers_\d+/\w+_attn|layers_\d+/cross_attn_\w+|final_attn_token_to_image)"
 # Parts with sites, none of which the method quantizes.
 _FLOAT_HEADS = r"mask_decoder/(output_hypernetworks_mlps_\d+|iou_prediction_head|pred_obj_score_head)"
 # Tokens attending to the image: the attentions whose keys BIG inspects.
@@ -20,10 +20,10 @@ BIMODAL = TRANSFORMER + r"/(layers_\d+/cross_attn|final_attn)_token_to_image"
 
 # METHOD section 5. What has no site stays in floating point anyway: norms, prompt encoder and output upscaling.
 RULES = (
-    Rule(_ATTENTION + r"/[qkv]_proj/input", "grouped"),
-    Rule(_ATTENTION + r"/out_proj/input", "uniform"),
-    Rule(_ATTENTION + r"/[qkv]", "uniform"),
-    Rule(_ATTENTION + r"/softmax", "log2"),
+    Rule(ATTENTION + r"/[qkv]_proj/input", "grouped"),
+    Rule(ATTENTION + r"/out_proj/input", "uniform"),
+    Rule(ATTENTION + r"/[qkv]", "uniform"),
+    Rule(ATTENTION + r"/softmax", "log2"),
     Rule(TRANSFORMER + r"/layers_\d+/mlp/lin1/input", "grouped"),
     Rule(TRANSFORMER + r"/layers_\d+/mlp/lin2/input", "hybrid"),
     Rule(_FLOAT_HEADS + r"/layers_\d+/input", FLOAT),

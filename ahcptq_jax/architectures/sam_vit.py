@@ -34,8 +34,8 @@ from sam_flax.files.infer import infer_config
 from sam_flax.files.parameters import parameter_shapes
 from sam_flax.files.trees import check_tree
 from sam_flax.heads import mask_decoder
-from sam_flax.sam import Params, Sam, embed_image, stage_graph
-from sam_flax.stages import EMBEDDED, StageGraph
+from sam_flax.sam import Params, Sam, embed_image, make_block, stage_graph
+from sam_flax.stages import EMBEDDED, Stage, StageGraph
 
 _BLOCK = r"image_encoder/blocks_\d+"
 
@@ -55,6 +55,24 @@ RULES = (
 _NOT_IN_SHAPES = ("decoder_num_heads", "pixel_mean", "pixel_std", "mask_threshold")
 
 
+class Blocks(nn.Module):
+    """Several blocks of the encoder in a row, with the names that they have in it.
+
+    Attributes:
+        config: the model's.
+        indexes: of the blocks.
+    """
+
+    config: SamConfig
+    indexes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b g g c"]) -> Float[Array, "b g g c"]:
+        for index in self.indexes:
+            x = make_block(self.config, index).clone(parent=self, name=f"blocks_{index}")(x)
+        return x
+
+
 class SamVit(Architecture):
     """The family of `sam_flax.Sam`; see `Architecture` for its methods."""
 
@@ -63,6 +81,8 @@ class SamVit(Architecture):
     parts = sam_heads.PARTS
     decoder_parts = sam_heads.DECODER_PARTS
     bimodal = sam_heads.BIMODAL
+    focused = sam_heads.ATTENTION
+    transformer = sam_heads.TRANSFORMER
 
     def fits(self, sam: Any) -> bool:
         return isinstance(sam, Sam)
@@ -82,8 +102,19 @@ class SamVit(Architecture):
     def embed(self, sam: Sam, params: Params, images: Float[Array, "b s s 3"]) -> Float[Array, "b g g c"]:
         return embed_image(sam.config, params, images)
 
+    def neck(self, sam: Sam) -> Stage:
+        return stage_graph(sam.config).stages[-1]
+
     def encoder_units(self, sam: Sam, granularity: str = "part") -> list[Unit]:
         units: list[Unit] = []
+        if granularity == "stage":
+            units = _stage_units(sam.config)
+            neck = self.neck(sam)
+            inputs = (units[-1].name,)
+            return [
+                *units,
+                Unit(neck.prefix.rstrip("/"), neck.prefix, (), Operation(neck.module), "neck", -1, inputs=inputs),
+            ]
         for stage in stage_graph(sam.config).stages:
             whole, prefix = stage.prefix.rstrip("/"), stage.prefix
             before = (units[-1].name,) if units else (EMBEDDED,)
@@ -154,6 +185,23 @@ class SamVit(Architecture):
         check_tree(entries_of(sam.config), flatten(params), "Parameter tree")
 
     attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
+
+
+def _stage_units(config: SamConfig) -> list[Unit]:
+    """The encoder's blocks in runs that end with the next block of global attention; the last run may have none."""
+    runs: list[list[int]] = [[]]
+    for index in range(config.depth):
+        runs[-1].append(index)
+        if not config.block_window(index):
+            runs.append([])
+    units: list[Unit] = []
+    for indexes in filter(None, runs):
+        names = tuple(f"blocks_{index}" for index in indexes)
+        before = (units[-1].name,) if units else (EMBEDDED,)
+        operation = Operation(Blocks(config, tuple(indexes), parent=None))
+        name = f"image_encoder/{names[0]}-{indexes[-1]}" if len(names) > 1 else f"image_encoder/{names[0]}"
+        units.append(Unit(name, "image_encoder/", names, operation, "encoder_stage", inputs=before))
+    return units
 
 
 _PARTS_WITH_SITES = ("image_encoder/blocks_", "image_encoder/neck/", sam_heads.TRANSFORMER + "/") + tuple(

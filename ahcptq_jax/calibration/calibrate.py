@@ -16,6 +16,7 @@ from ahcptq_jax.calibration import passes, saved_state
 from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.calibration.images import CalibrationImage
 from ahcptq_jax.calibration.moments import layer_moments
+from ahcptq_jax.calibration.perceptual import clip_by_focus
 from ahcptq_jax.calibration.saved_statistics import SavedStatistics
 from ahcptq_jax.calibration.weights import quantize_weights
 from ahcptq_jax.config import QuantConfig
@@ -187,6 +188,10 @@ class _Calibration:
         activations = activations | passes.observe_decoder(
             self.sam, params, embeddings, prompts, self.recipe, self.cache
         )
+        if self.recipe.config.pcc:
+            architecture = architecture_of(self.sam)
+            first = (embeddings[0], self.images[0].boxes)
+            activations |= clip_by_focus(architecture, self.sam, params, *first, self.recipe)
         remainder, weights = quantize_weights(
             params,
             activations,

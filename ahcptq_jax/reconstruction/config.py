@@ -17,6 +17,10 @@ RELATIVE_SCALE_RATE = 1e-4
 MOST_SCALE_RATE = 0.05
 
 
+# What the encoder's blocks become at each granularity.
+_MADE = {"part": {"encoder_attention", "encoder_mlp"}, "block": {"encoder_block"}, "stage": {"encoder_stage"}}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
     """Switches and numbers of the reconstruction; the defaults are the paper's but for the steps of the scales.
@@ -53,7 +57,9 @@ class ReconstructionConfig:
         0.5, "QDrop: share of every activation inside a unit that passes unquantized.", check=between(0, 1)
     )
     granularity: str = setting(
-        "part", "What is learned together in the encoder: parts of blocks, or blocks whole.", choices=GRANULARITIES
+        "part",
+        "What is learned together in the encoder: parts of blocks, blocks whole, or blocks up to a global one.",
+        choices=GRANULARITIES,
     )
     objective: str = setting("local", "What a unit's learning minimises; see `reconstruction.objectives`.")
     loss_power: float = setting(2.0, "Power of the errors of a unit's output; the paper's is 2.", check=finite_from(1))
@@ -79,9 +85,8 @@ class ReconstructionConfig:
             raise InputError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must fall, to 1 at least.")
         if unknown := sorted(set(self.parts) - set(PARTS)):
             raise InputError(f"parts has {unknown[0]!r}; choose of {', '.join(PARTS)}.")
-        halves, chosen = {"encoder_attention", "encoder_mlp"}, set(self.parts)
-        asked, made = (halves, {"encoder_block"}) if self.granularity == "block" else ({"encoder_block"}, halves)
-        if asked & chosen and not made & chosen:
+        made, chosen = _MADE[self.granularity], set(self.parts)
+        if chosen & set().union(*_MADE.values()) and not made & chosen:
             raise InputError(
                 f"parts={self.parts} and granularity={self.granularity!r} leave the encoder's blocks as they are; name "
                 f"{' or '.join(sorted(made))} among the parts."

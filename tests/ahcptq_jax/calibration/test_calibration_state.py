@@ -173,6 +173,7 @@ CHANGES: dict[str, Any] = {
     "grid_bits": 8,
     "weight_search": False,
     "budget": "bytes:3",
+    "pcc": True,
     "lnq": True,
     "acnr": True,
     "refit": True,
