@@ -124,6 +124,6 @@ METHODS: dict[str, dict] = {
     "qdrop": _UNIFORM,
     "ptq4sam_l": {"hluq": False, "cag": False},
     "ahcptq": {},
-    "saq_sam": {"hluq": False, "cag": False, "big": False, "act_range": "mse", "pcc": True},
+    "saq_sam": {"hluq": False, "cag": False, "act_range": "mse", "pcc": True},
     "ahcq_sam": {"lnq": True, "acnr": True},
 }

@@ -8,7 +8,14 @@ import pytest
 
 from ahcptq_jax import QuantConfig, quantize
 from ahcptq_jax.architectures.sam_vit import SAM_VIT
-from ahcptq_jax.calibration.perceptual import PERCENTILES, Attention, focus, focus_loss, search_ranges
+from ahcptq_jax.calibration.perceptual import (
+    PERCENTILES,
+    Attention,
+    focus,
+    focus_loss,
+    percentile_ranges,
+    search_ranges,
+)
 from ahcptq_jax.config import METHODS
 from ahcptq_jax.quantizers import Uniform
 from sam_flax.sam import Sam
@@ -27,6 +34,13 @@ def test_focus_and_its_loss_by_hand():
 def test_there_are_29_percentiles_in_order():
     assert len(PERCENTILES) == 29 and list(PERCENTILES) == sorted(PERCENTILES)
     assert PERCENTILES[0] == 0.85 and PERCENTILES[-1] == 0.99999
+
+
+def test_ranges_are_numpys_percentiles():
+    values = np.random.default_rng(0).normal(size=(30, 70)).astype(np.float32)
+    low, high = percentile_ranges(jnp.asarray(values))
+    np.testing.assert_allclose(high, np.quantile(values.astype(np.float64), PERCENTILES), rtol=1e-5)
+    np.testing.assert_allclose(low, np.quantile(values.astype(np.float64), 1 - np.array(PERCENTILES)), rtol=1e-5)
 
 
 def far_keys(rng):
@@ -68,6 +82,27 @@ def test_far_values_are_cut_and_the_focus_is_kept():
     assert kept < 0.6 * lost
     top = 15 * float(found[1].scale)
     assert top < 40  # of keys that reach 160
+
+
+def test_the_search_is_the_loop_that_it_is_said_to_be():
+    """Two sweeps over the four sites, each the best of all ranges while the others stay as they are."""
+    attention = far_keys(np.random.default_rng(1))
+    found = search_ranges(SAM_VIT, attention, (4, 4, 4, 4))
+    reference, chosen = map_of(attention, [None] * 4), [None] * 4
+    values = [np.asarray(x, np.float64) for x in (*attention.inputs, *attention.inputs)]  # identity projections
+    for _ in range(2):
+        for site in range(4):
+            best = None
+            for share in PERCENTILES:
+                low, high = np.quantile(values[site], 1 - share), np.quantile(values[site], share)
+                tried = Uniform.from_range(np.float32(low), np.float32(high), 4)
+                loss = float(focus_loss(map_of(attention, [*chosen[:site], tried, *chosen[site + 1 :]]), reference))
+                if best is None or loss < best[0]:
+                    best = (loss, tried)
+            chosen[site] = best[1]
+    for ours, theirs in zip(found, chosen, strict=True):
+        assert float(ours.scale) == pytest.approx(float(theirs.scale), rel=1e-4)
+        assert float(ours.zero_point) == float(theirs.zero_point)
 
 
 @pytest.mark.slow
