@@ -33,10 +33,13 @@ PARTS = (
     "neck",
     "decoder_attention",
     "decoder_mlp",
+    "decoder",
 )
 # What is learned together in the encoder: a part of a block, as in AHCPTQ; the block whole; or, as in SAQ-SAM, all
 # blocks up to the next one with global attention.
 GRANULARITIES = ("part", "block", "stage")
+# What is learned together in the decoder: each attention and MLP, as in AHCPTQ; or all of it, by its masks.
+DECODER_GRANULARITIES = ("part", "whole")
 # The sites of an attention whose two products run on codes.
 ATTENTION_SITES = ("q", "k", "v", "softmax")
 
@@ -207,6 +210,14 @@ class Architecture(abc.ABC):
     @abc.abstractmethod
     def decoder_units(self, sam: Module) -> list[Unit]:
         """The decoder's units in forward order; the name of each is the path of its module."""
+
+    def whole_decoder(self, sam: Module) -> Unit:
+        """The decoder as one unit, named by the path of its module; it returns what of its output is to be kept.
+
+        Raises:
+            InputError: if the family has no such unit.
+        """
+        raise InputError(f"decoder_granularity='whole' is not for {self.name}; use part.")
 
     def unit_outputs(self, sam: Module, granularity: str = "part") -> tuple[str, ...]:
         """The names of the units whose outputs are the image's embedding."""

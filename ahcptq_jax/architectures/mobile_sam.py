@@ -109,6 +109,9 @@ class MobileSamArchitecture(Architecture):
     def decoder_units(self, sam: MobileSam) -> list[Unit]:
         return sam_heads.decoder_units(sam.config)
 
+    def whole_decoder(self, sam: MobileSam) -> Unit:
+        return sam_heads.whole_decoder(sam.config)
+
     def shapes(self, sam: MobileSam) -> dict[str, Shape]:
         return {entry.path: entry.shape for entry in entries_of(sam.config)}
 

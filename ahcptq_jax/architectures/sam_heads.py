@@ -2,6 +2,8 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ahcptq_jax.architectures.base import AttentionCodes, Operation, Unit
 from ahcptq_jax.rules import FLOAT, Rule
@@ -12,6 +14,8 @@ from sam_flax.layers import MLPBlock
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 DECODER_PARTS = ("prompt_encoder", "mask_decoder")
 TRANSFORMER = r"mask_decoder/transformer"
+# Of the objective of the whole decoder, see `Masks`: an error of 0.1 in IoU counts like one of 1 in a row of logits.
+REACH, IOU_WEIGHT = 8.0, 10.0
 ATTENTION = TRANSFORMER + r"/(layers_\d+/\w+_attn|layers_\d+/cross_attn_\w+|final_attn_token_to_image)"
 # Parts with sites, none of which the method quantizes.
 _FLOAT_HEADS = r"mask_decoder/(output_hypernetworks_mlps_\d+|iou_prediction_head|pred_obj_score_head)"
@@ -28,6 +32,34 @@ RULES = (
     Rule(TRANSFORMER + r"/layers_\d+/mlp/lin2/input", "hybrid"),
     Rule(_FLOAT_HEADS + r"/layers_\d+/input", FLOAT),
 )
+
+
+class Masks(mask_decoder.MaskDecoder):
+    """The mask decoder as far as its masks are seen: its logits where they are near the threshold, and its IoU.
+
+    A logit of 20 is as good as one of 10, so that logits are bent to `REACH` at most. The predicted IoU, which ranks
+    the masks, is a further row of each mask, `IOU_WEIGHT` times as large.
+    """
+
+    def __call__(  # type: ignore[override]
+        self,
+        image_embeddings: Float[Array, "images g g c"],
+        image_pe: Float[Array, "_ g g c"],
+        sparse: Float[Array, "n t c"],
+        dense: Float[Array, "n g g c"],
+    ) -> Float[Array, "n masks 4*g+1 4*g"]:
+        """Arguments as of `MaskDecoder`; of several images, prompts of the first come first, then the second's."""
+        images = jnp.repeat(image_embeddings, dense.shape[0] // image_embeddings.shape[0], axis=0)
+        logits, iou = super().__call__(images, image_pe[:1], sparse, dense)
+        bent = REACH * jnp.tanh(logits / REACH)
+        row = jnp.broadcast_to(IOU_WEIGHT * iou[..., None, None], (*bent.shape[:2], 1, bent.shape[3]))
+        return jnp.concatenate([bent, row], axis=2)
+
+
+def whole_decoder(config: SegmenterConfig) -> Unit:
+    """See `Architecture.whole_decoder`."""
+    operation = Operation(Masks(config, parent=None))
+    return Unit("mask_decoder", "mask_decoder/", (), operation, "decoder", loss_axis=2)
 
 
 def decoder_units(config: SegmenterConfig) -> list[Unit]:

@@ -135,6 +135,9 @@ class SamVit(Architecture):
     def decoder_units(self, sam: Sam) -> list[Unit]:
         return sam_heads.decoder_units(sam.config)
 
+    def whole_decoder(self, sam: Sam) -> Unit:
+        return sam_heads.whole_decoder(sam.config)
+
     def shapes(self, sam: Sam) -> dict[str, Shape]:
         return parameter_shapes(sam.config)
 

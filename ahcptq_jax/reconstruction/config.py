@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from ahcptq_jax.architectures.base import GRANULARITIES, PARTS
+from ahcptq_jax.architectures.base import DECODER_GRANULARITIES, GRANULARITIES, PARTS
 from ahcptq_jax.settings import at_least, between, check_settings, finite_from, setting
 from sam_flax.errors import InputError
 
@@ -19,6 +19,7 @@ MOST_SCALE_RATE = 0.05
 
 # What the encoder's blocks become at each granularity.
 _MADE = {"part": {"encoder_attention", "encoder_mlp"}, "block": {"encoder_block"}, "stage": {"encoder_stage"}}
+_MADE_OF_DECODER = {"part": {"decoder_attention", "decoder_mlp"}, "whole": {"decoder"}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,11 @@ class ReconstructionConfig:
         "What is learned together in the encoder: parts of blocks, blocks whole, or blocks up to a global one.",
         choices=GRANULARITIES,
     )
+    decoder_granularity: str = setting(
+        "part",
+        "What is learned together in the decoder: each attention and MLP, or all of it by the masks that it makes.",
+        choices=DECODER_GRANULARITIES,
+    )
     objective: str = setting("local", "What a unit's learning minimises; see `reconstruction.objectives`.")
     loss_power: float = setting(2.0, "Power of the errors of a unit's output; the paper's is 2.", check=finite_from(1))
     rounding_weight: float = setting(0.01, "Weight of the regularizer, once warm.", check=finite_from(0))
@@ -85,12 +91,17 @@ class ReconstructionConfig:
             raise InputError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must fall, to 1 at least.")
         if unknown := sorted(set(self.parts) - set(PARTS)):
             raise InputError(f"parts has {unknown[0]!r}; choose of {', '.join(PARTS)}.")
-        made, chosen = _MADE[self.granularity], set(self.parts)
-        if chosen & set().union(*_MADE.values()) and not made & chosen:
-            raise InputError(
-                f"parts={self.parts} and granularity={self.granularity!r} leave the encoder's blocks as they are; name "
-                f"{' or '.join(sorted(made))} among the parts."
-            )
+        for name, table, what in (
+            ("granularity", _MADE, "encoder's blocks"),
+            ("decoder_granularity", _MADE_OF_DECODER, "decoder"),
+        ):
+            value, chosen = getattr(self, name), set(self.parts)
+            made = table[value]
+            if chosen & set().union(*table.values()) and not made & chosen:
+                raise InputError(
+                    f"parts={self.parts} and {name}={value!r} leave the {what} as they are; name "
+                    f"{' or '.join(sorted(made))} among the parts."
+                )
 
     def rates(self) -> tuple[float, float]:
         """Learning rates of rounding and of scales."""

@@ -108,6 +108,8 @@ def reconstruct(
         folder.mkdir(parents=True, exist_ok=True)
     architecture = architecture_of(sam)
     encoder, decoder = architecture.encoder_units(sam, config.granularity), architecture.decoder_units(sam)
+    if config.decoder_granularity == "whole":
+        decoder = [architecture.whole_decoder(sam)]
     total = config.iterations * sum(unit.part in config.parts for unit in [*encoder, *decoder])
     with tqdm(total=total, desc="reconstruct", disable=not progress, mininterval=1) as bar:
         start = dataclasses.replace(
@@ -305,6 +307,8 @@ def _reconstruct_decoder(run: _Run, units: Sequence[Unit], original: Args, curre
         def rows() -> Iterator[Args]:
             for clean, noisy, prompts in zip(_rows(original), _rows(current), run.boxes, strict=True):
                 args, output = capture(floating, {}, {}, joined(clean), prompts)[unit.name]
+                if isinstance(output, tuple):  # the whole decoder's, of which the unit returns what counts
+                    output = run.original(unit)(args)
                 yield *capture(remainder, weights, activations, joined(noisy), prompts)[unit.name][0], *args, output
 
         *inputs, output = run.gather(rows(), len(run.boxes), 1 / 2)

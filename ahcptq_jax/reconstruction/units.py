@@ -62,8 +62,8 @@ def run_unit(
         return operation(with_decoded(params, weights), *args)
 
 
-# The inputs and the output of modules, by path.
-Captured = dict[str, tuple[tuple[jax.Array, ...], jax.Array]]
+# The inputs and the output of modules, by path; the decoder itself has several outputs.
+Captured = dict[str, tuple[tuple[jax.Array, ...], Any]]
 
 
 @partial(jax.jit, static_argnames=("sam", "names"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ahcptq_jax import QuantConfig, ReconstructionConfig, quantize
+from ahcptq_jax.architectures.base import architecture_named
 from ahcptq_jax.architectures.sam_vit import SAM_VIT
 from ahcptq_jax.config import METHODS
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
@@ -86,3 +87,27 @@ def test_the_method_learns_by_it_and_resumes_with_the_same_bits(sam_tiny, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, (first.weights, first.activations), (again.weights, again.activations))
     stages = [report for report in reports if report.name.startswith("image_encoder/blocks")]
     assert len(stages) == 2 and sum(report.after < report.before for report in stages) >= 1
+
+
+@pytest.mark.slow
+def test_the_whole_decoder_learns_by_its_masks(sam_tiny, tmp_path):
+    """One unit for all of the decoder, whose masks come nearer to floating point's; resumed with the same bits."""
+    config, params = sam_tiny
+    rng = np.random.default_rng(0)
+    boxes = np.array([[10.0, 12, 50, 60], [30, 5, 60, 60]])
+    calib = [(rng.integers(0, 256, (100, 120, 3), dtype=np.uint8), boxes) for _ in range(3)]
+    learning = ReconstructionConfig(iterations=60, decoder_granularity="whole", parts=("decoder",), batch=2)
+    reports = []
+    options = {"sam": Sam(config), "reconstruction": learning, "state_dir": tmp_path}
+    first = quantize(params, calib, QuantConfig(), on_unit=reports.append, **options)
+    again = quantize(params, calib, QuantConfig(), **options)
+    jax.tree.map(np.testing.assert_array_equal, (first.weights, first.activations), (again.weights, again.activations))
+    (report,) = [report for report in reports if report.name == "mask_decoder"]
+    assert report.after < 0.9 * report.before
+
+
+def test_other_families_have_no_whole_decoder():
+    with pytest.raises(InputError, match="decoder_granularity='whole' is not for sam2; use part"):
+        architecture_named("sam2").whole_decoder(None)
+    with pytest.raises(InputError, match="name decoder among the parts"):
+        ReconstructionConfig(decoder_granularity="whole", parts=("decoder_mlp",))
