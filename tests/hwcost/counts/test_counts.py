@@ -270,3 +270,18 @@ def test_bad_arguments_get_one_sentence() -> None:
         hwcost.count(MINI, PAPER, {"image_encoder/blocks_9/attn/softmax": [1] * 16})
     with pytest.raises(ValueError, match="16 codes, not 2\\^5"):
         hwcost.count(MINI, dataclasses.replace(PAPER, a_bits=5), {"image_encoder/blocks_0/attn/softmax": [1] * 16})
+
+
+@pytest.mark.parametrize("grid_bits", [0, 8])
+def test_log_nonlinear_codes_multiply_by_way_of_a_table(grid_bits: int) -> None:
+    """LNQ's codes have no arithmetic of their own: a table makes 8-bit numbers of them, with or without a grid."""
+    config = dataclasses.replace(W4A4, grid_bits=grid_bits)
+    found, plain = (
+        {layer.path: layer for layer in hwcost.count(VIT_B, c).layers if layer.path.endswith("/av")}
+        for c in (dataclasses.replace(config, lnq=True), config)
+    )
+    assert len(found) == VIT_B.depth + 3 * VIT_B.decoder_depth + 1
+    for path, layer in found.items():
+        assert layer.a is not None and layer.a.product_bits == 8 and layer.a.table_address == 4
+        assert layer.ops.shifts == layer.ops.skipped == 0 and layer.ops.int_macs == layer.ops.macs
+        assert (plain[path].ops.shifts > 0) == (grid_bits == 0)
