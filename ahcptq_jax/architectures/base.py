@@ -99,11 +99,13 @@ class Rewritable:
         norms: (norm, the layer behind it, whether offsets can pass between them: not where zeros are padded).
         hidden: (first, second) linear with a homogeneous function, such as ReLU, between them.
         keys: key projections of attentions whose keys may all be shifted alike.
+        scores: attentions with `q_proj` and `k_proj`, whose channels may be scaled in one and divided in the other.
     """
 
     norms: tuple[tuple[str, str, bool], ...] = ()
     hidden: tuple[tuple[str, str], ...] = ()
     keys: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -82,12 +82,16 @@ def decoder_units(config: SegmenterConfig) -> list[Unit]:
     return [*units, Unit(name, name + "/", (), cross, "decoder_attention")]
 
 
-def rewritable(config: SegmenterConfig) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """The `hidden` and the `keys` of a decoder's `Rewritable`."""
+def rewritable(
+    config: SegmenterConfig,
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]:
+    """The `hidden`, the `keys` and the `scores` of a decoder's `Rewritable`."""
     layers = [f"{TRANSFORMER}/layers_{index}" for index in range(config.decoder_depth)]
-    keys = [f"{TRANSFORMER}/final_attn_token_to_image/k_proj"]
-    keys += [f"{layer}/cross_attn_token_to_image/k_proj" for layer in layers]
-    return tuple((f"{layer}/mlp/lin1", f"{layer}/mlp/lin2") for layer in layers), tuple(keys)
+    final = f"{TRANSFORMER}/final_attn_token_to_image"
+    keys = [f"{final}/k_proj", *(f"{layer}/cross_attn_token_to_image/k_proj" for layer in layers)]
+    names = ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
+    scores = [final, *(f"{layer}/{name}" for layer in layers for name in names)]
+    return tuple((f"{layer}/mlp/lin1", f"{layer}/mlp/lin2") for layer in layers), tuple(keys), tuple(scores)
 
 
 def attention_on_codes(

@@ -10,6 +10,7 @@ from ahcptq_jax.methods import RECONSTRUCTION_METHODS
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.runtime.products import CARRIERS, Carrier
 from ahcptq_jax.settings import Check, Setting, at_least, between, check_settings, setting, settings_of
+from ahcptq_jax.transforms.harder import WAYS
 from experiments.job.protocol import EvaluationProtocol
 from sam_flax.errors import InputError
 from sam_flax.files.writing import printable_path
@@ -144,6 +145,7 @@ class Options(EvaluationProtocol, _Overrides):
         "Strength 0 to 4 of a change to the model that computes the same and quantizes worse; 0 leaves it as it is.",
         check=between(0, 4),
     )
+    harder_way: str = setting("all", "What is made harder, if anything.", choices=WAYS)
     precision: Precision = _own(
         "float32",
         "Of the floating-point model's matrix products in its evaluation, on devices that have a choice. The quantized "
@@ -241,7 +243,10 @@ class Options(EvaluationProtocol, _Overrides):
         """What is quantized, for titles and tables."""
         file = PurePosixPath(self.checkpoint.replace("\\", "/")).name
         name = "MINI" if self.checkpoint == "mini" else printable_path(file)
-        return f"{name}, harder by {self.harder:g}" if self.harder else name
+        if not self.harder:
+            return name
+        way = "" if self.harder_way == "all" else f" ({self.harder_way})"
+        return f"{name}, harder by {self.harder:g}{way}"
 
 
 def switches() -> dict[str, Setting]:

@@ -112,7 +112,7 @@ def load_model(options: Options) -> tuple[Sam, Params]:
         sam, params = load_sam(options.checkpoint, **options.known_of_checkpoint())
     except InputError as error:
         raise InputError(as_flags(str(error))) from error
-    return sam, make_harder(params, sam.config, options.harder)
+    return sam, make_harder(params, sam.config, options.harder, way=options.harder_way)
 
 
 def as_flags(sentence: str) -> str:

@@ -154,8 +154,8 @@ def test_a_harder_model_scores_the_same(job: tuple[Path, str], tmp_path: Path, m
     made: list[tuple[Any, Any]] = []
     make_harder = plan.make_harder
 
-    def noting(params: Any, *arguments: Any) -> Any:
-        made.append((params, make_harder(params, *arguments)))
+    def noting(params: Any, *arguments: Any, **named: Any) -> Any:
+        made.append((params, make_harder(params, *arguments, **named)))
         return made[-1][1]
 
     monkeypatch.setattr(plan, "make_harder", noting)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ahcptq_jax.architectures.sites import flatten, intercept_sites
-from ahcptq_jax.transforms import bimodal
+from ahcptq_jax.transforms import bimodal, transform_named
 from ahcptq_jax.transforms.harder import make_harder
 from sam_flax import Sam
+from sam_flax.errors import InputError
 
 BOXES = jnp.array([[10.0, 12, 70, 80], [30, 5, 90, 100]])
 KEYS = "mask_decoder/transformer/layers_0/cross_attn_token_to_image/k"
@@ -102,3 +103,42 @@ def test_strength(sam_tiny):
     assert not all(np.array_equal(first[path], second[path]) for path in first)
     with pytest.raises(ValueError, match="strength=-1"):
         make_harder(params, config, -1)
+
+
+@pytest.mark.parametrize("way", ["far", "conditioned", "bimodal", "channels"])
+def test_each_way_alone_keeps_the_function_and_makes_what_it_is_named_for(sam_tiny, outputs, way):
+    config, params = sam_tiny
+    harder = make_harder(params, config, 1.0, way=way)
+    logits, iou, _ = outputs(params)
+    got_logits, got_iou, _ = outputs(harder)
+    np.testing.assert_allclose(got_logits, logits, atol=1e-4 * float(jnp.abs(logits).max()))
+    np.testing.assert_allclose(got_iou, iou, atol=1e-4 * float(jnp.abs(iou).max()))
+    before, after = flatten(params), flatten(harder)
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    if way == "far":
+        names = {path.split("/")[-2] for path in changed}
+        assert names == {"q_proj", "k_proj"} and all(path.startswith("mask_decoder/transformer") for path in changed)
+        layer = "mask_decoder/transformer/final_attn_token_to_image"
+        reaches = [
+            3 * np.linalg.norm(after[f"{layer}/{name}/kernel"], axis=0) + np.abs(after[f"{layer}/{name}/bias"])
+            for name in ("q_proj", "k_proj")
+        ]
+        assert all(150 < reach.max() < 400 for reach in reaches)
+        assert sum((reach > 100).sum() for reach in reaches) <= max(2, len(reaches[0]) // 8)
+    elif way == "conditioned":
+        for block in range(config.depth):
+            for layer in ("attn/qkv", "mlp/lin1"):
+                assert np.linalg.cond(after[f"image_encoder/blocks_{block}/{layer}/kernel"]) >= 300
+    elif way == "bimodal":
+        assert changed and all(path.endswith("k_proj/bias") for path in changed)
+    else:
+        assert not any("k_proj" in path for path in changed)
+
+
+def test_unknown_ways_are_refused(sam_tiny):
+    config, params = sam_tiny
+    with pytest.raises(InputError, match="one of the ways all, channels, bimodal, far, conditioned, not 'odd'"):
+        make_harder(params, config, 1.0, way="odd")
+    assert transform_named("harder:2,far").name == "harder:2,far"
+    with pytest.raises(InputError, match="must end in one of"):
+        transform_named("harder:2,odd")
