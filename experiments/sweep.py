@@ -35,6 +35,7 @@ from experiments.job.forecast import forecast, in_words, product_rate
 from experiments.job.options import Options, switches
 from experiments.job.plan import read_inputs
 from experiments.job.results import write_file
+from experiments.job.sharing import in_turn
 from experiments.job.stages import LINES, Stages
 from experiments.job.sweep_figure import draw
 from sam_flax.errors import InputError
@@ -196,6 +197,7 @@ def sweep(
     reports: bool = False,
     stale: str = STALE[0],
     verbosity: int = LINES,
+    share: bool = False,
 ) -> str:
     """Runs what is missing and returns the table, which is also written after every run.
 
@@ -207,6 +209,8 @@ def sweep(
         reports: makes every run's report.
         stale: "keep" takes records that other code has made, "repeat" makes those runs anew.
         verbosity: see `Stages`.
+        share: other processes may work on the same sweep at the same time, each on runs of its own; see
+            `job.sharing`. All return the same table.
 
     Raises:
         InputError, OSError: before the first run, if a setting has a value that cannot be, the records are damaged or a
@@ -225,6 +229,25 @@ def sweep(
     rows: dict[str, list[Row]] = {}
     cache = StatisticsCache()
     found: list[records.Record] = []
+    if share:
+
+        def is_done(run: tuple[int, Setting, Options]) -> bool:
+            known = records.read(records_file).get(records.key(run[2]))
+            return known is not None and not (stale == "repeat" and records.is_stale(known))
+
+        def do(run: tuple[int, Setting, Options]) -> None:
+            tell(f"== {run[1].name}, seed {run[0]}")
+            results = one_run.run(run[2], cache=cache, with_report=reports, verbosity=verbosity)
+            records.add(records_file, run[2], results)
+
+        in_turn(runs, lambda run: Path(run[2].out).name, out / "partial" / "taken", is_done, do, tell)
+        done = records.read(records_file)
+        for _, setting, options in runs:
+            record = done[records.key(options)]
+            found.append(record)
+            rows.setdefault(f"floating point:{record['model']}", [{**record["fp"], "model": record["model"]}])
+            rows.setdefault(setting.name, []).append(row(record))
+        return _write_tables(out, settings, rows, found)
     with claimed(out, "--out"):
         for seed, setting, options in runs:
             record = done.get(records.key(options))
@@ -321,8 +344,8 @@ def _command() -> int:
         file = records_file or Path(base.out) / "records.jsonl"
         print(dry_run(base, settings, found.seeds, Path(base.out), file, found.stale, found.verbosity >= LINES))
         return 0
-    text = sweep(base, settings, found.seeds, Path(base.out), records_file, found.reports, found.stale, found.verbosity)
-    print(text)
+    how = (found.reports, found.stale, found.verbosity, found.share)
+    print(sweep(base, settings, found.seeds, Path(base.out), records_file, *how))
     return 0
 
 
@@ -342,6 +365,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, … per setting.", lower_bound=1)
     flags.DEFINE_string("records", "", "File of the runs that are done; default: records.jsonl in --out.")
     flags.DEFINE_enum("stale", STALE[0], STALE, "Keep, or repeat, runs that other code than this has made.")
+    flags.DEFINE_bool("share", False, "Share the runs with other processes, or hosts, that give the same command.")
     flags.DEFINE_bool("dry_run", False, "Print what is missing and about how long it takes, only.")
     flags.DEFINE_bool("reports", False, "Make report.html, with histograms of codes, for every run.")
     launch(main)

@@ -15,6 +15,10 @@ except ImportError:  # Windows, where two runs into one folder are not found
     fcntl = None  # type: ignore[assignment]
 
 
+class FolderTaken(InputError):
+    """Another process writes to the folder."""
+
+
 def check_writable(folder: Path, flag: str) -> None:
     """Raises InputError if nothing can be written to the folder that a flag names; leaves nothing behind."""
     try:
@@ -35,7 +39,7 @@ def claimed(folder: Path, flag: str) -> Iterator[None]:
     that are made here and stay empty are removed again.
 
     Raises:
-        InputError: if another process has the folder.
+        FolderTaken: if another process has the folder.
     """
     partial = folder / "partial"
     made = [path for path in (partial, folder, *folder.parents) if not path.exists()]
@@ -83,7 +87,7 @@ def _take(lock: Path, folder: Path, flag: str) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise InputError(
+            raise FolderTaken(
                 f"Another run is writing to {flag}={printable_path(folder)}; wait for its end, or choose "
                 "another folder."
             ) from None
