@@ -243,10 +243,10 @@ def sweep(
         in_turn(runs, lambda run: Path(run[2].out).name, out / "partial" / "taken", is_done, do, tell)
         done = records.read(records_file)
         for _, setting, options in runs:
-            record = done[records.key(options)]
-            found.append(record)
-            rows.setdefault(f"floating point:{record['model']}", [{**record["fp"], "model": record["model"]}])
-            rows.setdefault(setting.name, []).append(row(record))
+            finished = done[records.key(options)]
+            found.append(finished)
+            rows.setdefault(f"floating point:{finished['model']}", [{**finished["fp"], "model": finished["model"]}])
+            rows.setdefault(setting.name, []).append(row(finished))
         return _write_tables(out, settings, rows, found)
     with claimed(out, "--out"):
         for seed, setting, options in runs:
