@@ -67,6 +67,7 @@ def test_the_first_notebook(tmp_path):
     assert (tmp_path / "quantized.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_second_notebook_and_its_second_run(tmp_path):
     done = executed("reproduce_table", tmp_path, SMALL["reproduce_table"])
     text = printed(done)

@@ -13,6 +13,7 @@ from ahcptq_jax.formats.onnx.encoding import Coded, decode, encode, is_uniform, 
 from ahcptq_jax.formats.onnx.graph import FLOAT, INT8, UINT8, Graph, value
 from ahcptq_jax.formats.onnx.layers import Context, linear, rescaled_product, rounded
 from ahcptq_jax.quantizers.base import Quantizer
+from sam_flax.config import SamConfig
 
 Sites = Mapping[str, Quantizer]  # "q", "k", "v", "softmax" -> quantizer
 
@@ -132,14 +133,14 @@ def attend(
 # -------------------------------------------------------------------------------------------------- the encoder's
 
 
-def encoder_attention(context: Context, x: str, path: str, window: int) -> str:
+def encoder_attention(context: Context, config: SamConfig, x: str, path: str, window: int) -> str:
     """Self-attention of tokens (g*g, D) in rows of the grid, in windows or (window 0) all together -> (g*g, D)."""
-    graph, config, sites = context.graph, context.model.config, sites_of(context, path)
+    graph, sites = context.graph, sites_of(context, path)
     grid, dim, heads = config.grid, config.embed_dim, config.num_heads
     side = window or grid
     rows = -(-grid // side)
     count, tokens, width = rows * rows, side * side, dim // heads
-    operands, fill = _project(context, x, path, sites, dim)
+    operands, fill = encoder_projections(context, x, path, sites, dim)
 
     def windows(operand: Operand, part: int) -> Operand:  # (g*g, D) -> (windows, tokens, heads, width)
         y = graph.reshape(operand.name, grid, grid, dim)
@@ -161,7 +162,9 @@ def encoder_attention(context: Context, x: str, path: str, window: int) -> str:
     return linear(context, graph.reshape(out, grid * grid, dim), f"{path}/proj")
 
 
-def _project(context: Context, x: str, path: str, sites: Sites, dim: int) -> tuple[list[Operand], Callable[[int], str]]:
+def encoder_projections(
+    context: Context, x: str, path: str, sites: Sites, dim: int
+) -> tuple[list[Operand], Callable[[int], str]]:
     """Queries, keys and values (g*g, D), and a function from their number to what padding becomes, (D,)."""
     graph, model = context.graph, context.model
     bias = np.asarray(model.params[f"{path}/qkv/bias"], np.float32).reshape(3, dim)

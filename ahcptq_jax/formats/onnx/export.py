@@ -52,7 +52,8 @@ def export_onnx(
             overflow 16 bits; without it the file computes the same everywhere.
 
     Raises:
-        InputError: if onnx is not installed, the model is of another family than SAM, or a quantizer has no form there.
+        InputError: if onnx is not installed, the model is of another family than SAM and MobileSAM, or a quantizer has
+            no form there.
         OSError: if the folder cannot be written; each file is there whole or not at all.
     """
     folder = Path(folder)

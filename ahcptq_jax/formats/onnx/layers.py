@@ -22,6 +22,7 @@ from ahcptq_jax.formats.onnx.graph import FLOAT, INT8, Graph
 from ahcptq_jax.quantizers.base import Quantizer
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from sam_flax.config import SamConfig
+from sam_flax.encoders.tiny_vit import MobileSamConfig
 from sam_flax.errors import InputError
 from sam_flax.sam import SamModel
 
@@ -41,7 +42,7 @@ class Model:
         vnni: 8-bit right factors of products are int8; see `encoding.right_type`.
     """
 
-    config: SamConfig
+    config: SamConfig | MobileSamConfig
     params: Mapping[str, Any]
     weights: Mapping[str, QuantizedWeight]
     activations: Mapping[str, Quantizer]
@@ -54,11 +55,15 @@ class Model:
         """The parts of a quantized model, or of one in floating point.
 
         Raises:
-            InputError: if the model is of another family than SAM, or has quantizers that `plain` cannot say.
+            InputError: if the model is of another family than SAM and MobileSAM, or has quantizers that `plain` cannot
+                say.
         """
         config, params = model.config, flatten(model.params)
-        if not isinstance(config, SamConfig):
-            raise InputError(f"Only SAM itself is exported to ONNX, not models of the family {config.family!r}.")
+        if not isinstance(config, SamConfig | MobileSamConfig):
+            raise InputError(
+                f"SAM and MobileSAM are exported to ONNX, not models of the family {config.family!r}; use "
+                "formats.stablehlo."
+            )
         if isinstance(model, Quantized):
             if plain:
                 check_plain(model.activations, {weight.bits for weight in model.weights.values()})

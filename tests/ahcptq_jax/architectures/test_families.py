@@ -1,6 +1,7 @@
 """MobileSAM and SAM 2 through the public entry: quantized, reconstructed, saved, run, exported."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from sam_flax.errors import InputError
 from sam_flax.mobile_sam import MobileSam
 from sam_flax.preprocessing import prepare_image
 from sam_flax.sam2 import Sam2
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 _HEADS: dict[str, Any] = {
     "img_size": 32, "out_chans": 16, "mask_in_chans": 4, "decoder_depth": 1, "decoder_num_heads": 2,
@@ -195,6 +198,36 @@ def test_stablehlo_computes_the_same(quantized, canvas):
     assert np.isfinite(logits).all() and iou.shape == (2, 1)
 
 
-def test_onnx_says_that_it_takes_sam_alone(quantized, tmp_path):
-    with pytest.raises(InputError, match="Only SAM itself is exported to ONNX, not models of the family"):
-        export_onnx(quantized, tmp_path)
+def run_onnx(folder: Path, canvas: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The embedding (1, g, g, C) and the low-resolution masks that ONNX Runtime computes of the exported files."""
+    encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
+    (embedding,) = encoder.run(None, {"images": np.asarray(canvas).transpose(0, 3, 1, 2)})
+    size = 4 * embedding.shape[-1]
+    corners = np.asarray(BOXES, np.float32).reshape(len(BOXES), 2, 2)
+    feeds = {
+        "image_embeddings": embedding,
+        "point_coords": corners,
+        "point_labels": np.tile(np.array([[2, 3]], np.float32), (len(BOXES), 1)),
+        "mask_input": np.zeros((1, 1, size, size), np.float32),
+        "has_mask_input": np.zeros(1, np.float32),
+        "orig_im_size": np.array([canvas.shape[1], canvas.shape[2]], np.float32),
+    }
+    names = [output.name for output in decoder.get_outputs()]
+    masks = dict(zip(names, decoder.run(None, feeds), strict=True))["low_res_masks"]
+    return embedding.transpose(0, 2, 3, 1), masks
+
+
+def test_onnx_computes_the_same(family, params, quantized, canvas, tmp_path):
+    """MobileSAM's files, float and quantized; SAM 2 is told that it has none."""
+    if family == "sam2":
+        with pytest.raises(InputError, match="SAM and MobileSAM are exported to ONNX, not models of the family 'sam2'"):
+            export_onnx(quantized, tmp_path)
+        return
+    floating = SamModel(TINY[family], params)
+    for model, tolerance in ((floating, 1e-4), (quantized, 0.02)):
+        export_onnx(model, tmp_path)
+        embedding, low_res = run_onnx(tmp_path, canvas)
+        wanted = np.asarray(model.encode_image(canvas))
+        assert relative_error(embedding, wanted) < tolerance
+        expected = np.asarray(model.decode(jnp.asarray(embedding), boxes=BOXES)[0])
+        assert relative_error(low_res[:, 1:], expected) < tolerance

@@ -123,6 +123,7 @@ def test_moments_are_those_of_what_each_linear_sees(sam_tiny, calib):
         np.testing.assert_allclose(found[layer].errors, error, rtol=0.05, atol=0.05 * np.abs(error).max())
 
 
+@pytest.mark.slow
 def test_methods_with_them_end_to_end(sam_tiny, calib, tmp_path):
     """ACNR changes the function, and what is learned aims at the model's own; a resumed run ends with the same bits."""
     config, params = sam_tiny
