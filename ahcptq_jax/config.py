@@ -40,10 +40,11 @@ class QuantConfig:
     pcc: bool = setting(False, "Ranges of the decoder's queries and keys by what attention focuses on (SAQ-SAM).")
     budget: str = setting(
         "",
-        "Widths by layer for what this uniform width would cost: bytes:3.5 of weights, or bitops:3.5.",
+        "Widths by layer for what this uniform width would cost: bytes:3.5 of weights, or bitops:3.5; bytes alone for "
+        "the cost of w_bits.",
         check=Check(
-            lambda text: not text or re.fullmatch(r"\w+:\d+(\.\d+)?", text) is not None,
-            "empty, or what is counted, a colon and a width, such as bytes:3.5",
+            lambda text: not text or re.fullmatch(r"\w+(:\d+(\.\d+)?)?", text) is not None,
+            "empty, or what is counted, perhaps with a colon and a width, such as bytes:3.5",
         ),
     )
     groups: int = setting(
@@ -113,7 +114,7 @@ W6A6 = QuantConfig(w_bits=6, a_bits=6)
 
 _UNIFORM = {"hluq": False, "cag": False, "big": False, "agq": False}
 # Each method's quantizers, as a record of switches over one code path. `methods.RECONSTRUCTION_METHODS` says how the
-# last seven learn; the first four take statistics alone.
+# last eight learn; the first four take statistics alone.
 METHODS: dict[str, dict] = {
     "minmax": {**_UNIFORM, "weight_search": False},
     "percentile": {**_UNIFORM, "weight_search": False, "act_range": "percentile"},
@@ -124,6 +125,7 @@ METHODS: dict[str, dict] = {
     "qdrop": _UNIFORM,
     "ptq4sam_l": {"hluq": False, "cag": False},
     "ahcptq": {},
+    "ahcptq_mixed": {"budget": "bytes"},
     "saq_sam": {"hluq": False, "cag": False, "act_range": "mse", "pcc": True},
     "ahcq_sam": {"lnq": True, "acnr": True},
 }

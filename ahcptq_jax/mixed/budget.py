@@ -68,26 +68,27 @@ class Budget:
 
     Attributes:
         name: of `COSTS`.
-        width: the uniform width, from 2 to 8; may be a fraction.
+        width: the uniform width, from 2 to 8; may be a fraction. None: the configuration's own widths.
     """
 
     name: str
-    width: float
+    width: float | None
 
 
 def parse_budget(text: str) -> Budget:
-    """The budget of a text such as "bytes:3.5".
+    """The budget of a text such as "bytes:3.5", or "bytes" for what the configuration's own widths would cost.
 
     Raises:
         InputError: if it names no known cost, or no width from 2 to 8.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:\.\d+)?)", text.strip())
-    if found is None or found[1] not in COSTS or not WIDTHS[0] <= float(found[2]) <= WIDTHS[-1]:
+    found = re.fullmatch(r"(\w+)(?::(\d+(?:\.\d+)?))?", text.strip())
+    width = None if found is None or found[2] is None else float(found[2])
+    if found is None or found[1] not in COSTS or not (width is None or WIDTHS[0] <= width <= WIDTHS[-1]):
         raise InputError(
-            f"budget={text!r} must be one of {', '.join(COSTS)}, a colon and an average width from {WIDTHS[0]} to "
-            f"{WIDTHS[-1]}, such as bytes:3.5."
+            f"budget={text!r} must be one of {', '.join(COSTS)}, alone or with a colon and an average width from "
+            f"{WIDTHS[0]} to {WIDTHS[-1]}, such as bytes:3.5."
         )
-    return Budget(found[1], float(found[2]))
+    return Budget(found[1], width)
 
 
 def solve(damages: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> list[int]:

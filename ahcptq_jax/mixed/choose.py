@@ -133,7 +133,11 @@ def _rules(
 
         losses.append([damage(product.left, o.left) + damage(other, o.right) for o in options[-1]])
         costs.append([cost(product, o.left, o.right) for o in options[-1]])
-        uniform = [budget.width if len(widths) > 1 else float(widths[0]) for widths in (lefts, rights)]
+        own = (config.a_bits, config.w_bits if product.right is None else config.a_bits)
+        uniform = [
+            float(widths[0]) if len(widths) == 1 else budget.width or float(width)
+            for widths, width in zip((lefts, rights), own, strict=True)
+        ]
         allowed += cost(product, *uniform)
     rules = []
     for product, of_product, index in zip(products, options, solve(losses, costs, allowed), strict=True):

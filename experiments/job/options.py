@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from ahcptq_jax.config import METHODS, QuantConfig
 from ahcptq_jax.methods import RECONSTRUCTION_METHODS
+from ahcptq_jax.mixed import parse_budget
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.runtime.products import CARRIERS, Carrier
 from ahcptq_jax.settings import Check, Setting, at_least, between, check_settings, setting, settings_of
@@ -191,7 +192,8 @@ class Options(EvaluationProtocol, _Overrides):
             )
         if self.method != FLOAT:
             # Raise where settings contradict each other.
-            self.quant_config()
+            if (config := self.quant_config()).budget:
+                parse_budget(config.budget)
             self.reconstruction_config()
 
     def quant_config(self) -> QuantConfig:

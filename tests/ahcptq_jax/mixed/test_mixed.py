@@ -41,11 +41,12 @@ def test_a_budget_below_the_smallest_widths_is_refused():
         budget.solve([[1.0, 2.0]], [[5.0, 6.0]], 4.0)
 
 
-@pytest.mark.parametrize("text", ["", "bytes", "bytes:1", "bytes:9", "joules:4", "bytes:x"])
+@pytest.mark.parametrize("text", ["", "bytes:", "bytes:1", "bytes:9", "joules:4", "bytes:x"])
 def test_budgets_that_cannot_be_read(text):
     with pytest.raises(InputError, match="budget="):
         budget.parse_budget(text)
     assert budget.parse_budget("bitops:3.5") == budget.Budget("bitops", 3.5)
+    assert budget.parse_budget("bytes") == budget.Budget("bytes", None)
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,9 @@ from experiments.job.options import Options, switches
         ({"boxes": ""}, "--boxes is empty; leave it out for 'gt'"),
         ({"checkpoint": ""}, "--checkpoint is empty; leave it out for 'mini'"),
         ({"artefact": "a", "method": "fp"}, "--artefact is a quantized model and --method=fp evaluates none"),
+        ({"budget": "joules:4"}, "budget='joules:4' must be one of bytes, bitops, alone or with a colon"),
+        ({"budget": "3.5"}, "--budget='3.5' must be empty, or what is counted"),
+        ({"harder_way": "odd"}, "--harder_way='odd' is unknown; choose one of all, channels"),
         ({"out": ""}, "--out is empty; leave it out for 'runs/main'"),
     ],
 )
