@@ -20,7 +20,7 @@ from ahcptq_jax.mixed.budget import Product
 from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.quantizers.weights import QuantizedWeight
 from sam_flax.layers import in_float32
-from sam_flax.sam import Params, call
+from sam_flax.sam import Params, call, parameters_at
 from sam_flax.stages import Stage
 
 
@@ -77,9 +77,9 @@ def slopes(
             return handle
 
         def apply(stage: Stage, inputs: tuple[Any, ...]) -> Any:
-            own: Any = changed
-            for part in stage.prefix.strip("/").split("/"):
-                own = own[part]
+            own = parameters_at(changed, stage.prefix)
+            if not sites:  # then a gradient need not hold what is inside of all stages at once
+                return jax.checkpoint(partial(call, stage.module))(own, *inputs)
             with intercept_sites(handler(stage.prefix)):
                 return call(stage.module, own, *inputs)
 
