@@ -40,8 +40,8 @@ class QuantConfig:
     pcc: bool = setting(False, "Ranges of the decoder's queries and keys by what attention focuses on (SAQ-SAM).")
     budget: str = setting(
         "",
-        "Widths by layer for what this uniform width would cost: bytes:3.5 of weights, or bitops:3.5; bytes alone for "
-        "the cost of w_bits.",
+        "Widths by layer for what this uniform width would cost: bytes:3.5 of weights, or bitops:3.5; bitops alone for "
+        "the cost of w_bits and a_bits.",
         check=Check(
             lambda text: not text or re.fullmatch(r"\w+(:\d+(\.\d+)?)?", text) is not None,
             "empty, or what is counted, perhaps with a colon and a width, such as bytes:3.5",
@@ -125,7 +125,7 @@ METHODS: dict[str, dict] = {
     "qdrop": _UNIFORM,
     "ptq4sam_l": {"hluq": False, "cag": False},
     "ahcptq": {},
-    "ahcptq_mixed": {"budget": "bytes"},
+    "ahcptq_mixed": {"budget": "bitops"},
     "saq_sam": {"hluq": False, "cag": False, "act_range": "mse", "pcc": True},
     "ahcq_sam": {"lnq": True, "acnr": True},
 }

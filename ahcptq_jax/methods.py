@@ -44,7 +44,7 @@ RECONSTRUCTION_METHODS: dict[str, Method] = {
     "qdrop": Method(METHODS["qdrop"]),
     "ptq4sam_l": Method(METHODS["ptq4sam_l"]),
     "ahcptq": Method(METHODS["ahcptq"]),
-    # The same with each layer's weights in a width of its own, for the same bytes.
+    # The same with widths by layer and site, for the bit operations of the uniform ones.
     "ahcptq_mixed": Method(METHODS["ahcptq_mixed"]),
     "ahcq_sam": Method(METHODS["ahcq_sam"]),
     # Blocks up to a global one together, by what prompts see of them. Its two halves switch off alone: -pcc, and
