@@ -25,7 +25,7 @@ CHECKED_QUANTIZATION = (
     *("quantizers." + name for name in ("base", "cost", "grouped", "hybrid", "kinds", "log2", "searches", "uniform")),
     "recipe",
     *("reconstruction." + name for name in ("adaround", "drops", "fit", "folder", "learning", "objectives")),
-    *("reconstruction." + name for name in ("regrouping", "run", "units")),
+    *("reconstruction." + name for name in ("regrouping", "units")),
     "runtime",
     "transforms",
 )

@@ -456,7 +456,7 @@ def test_blocks_of_a_kind_share_one_compilation(tiny, w4a4, canvas, monkeypatch)
     before, counts = passes.observe._cache_size(), []
     monkeypatch.setattr(sam_vit.SamVit, "embed", lambda *_: two_images)
     for weights, images, config in ((params, 1, MINMAX), (doubled, 2, others)):
-        passes.observe_encoder(sam, weights, [canvas[0]] * images, recipe_of(sam_vit.SAM_VIT, config))
+        passes.observe_encoder(sam, weights, [np.asarray(canvas[0])] * images, recipe_of(sam_vit.SAM_VIT, config))
         counts.append(passes.observe._cache_size() - before)
     assert counts == [3, 3]
     monkeypatch.undo()
@@ -806,7 +806,7 @@ def test_transforms_are_applied_in_order_and_recorded(tiny, tmp_path):
     found.save(tmp_path / "harder.safetensors")
     assert b'\\"transforms\\":[\\"harder:1\\"]' in (tmp_path / "harder.safetensors").read_bytes()
     for name, sentence in {
-        "softer": "The transform 'softer' is unknown; known are bimodal, fold_norms, harder",
+        "softer": "The transform 'softer' is unknown; known are acnr, bimodal, fold_norms, harder, refit",
         "harder:much": "harder:much needs a number",
         "harder:9": "strength=9.0 must lie in 0..4",
         "bimodal:1": "bimodal takes no argument",

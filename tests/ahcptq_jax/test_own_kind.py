@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -142,7 +143,8 @@ def test_its_levels_are_its_values_on_the_grid(quantized):
 def test_what_is_not_registered_is_refused(quantized, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="'quartic' is unknown; use one of uniform, grouped"):
         kinds.kind_named("quartic")
-    with pytest.raises(ValueError, match="no registered quantizer kind"):
+    with monkeypatch.context() as unchecked, pytest.raises(ValueError, match="no registered quantizer kind"):
+        unchecked.setattr(jaxtyping.config, "jaxtyping_disable", True)
         kinds.kind_of(object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="disagree about the field 'zero'"):
         kinds.register(dataclasses.replace(CUBIC, fields=("scale", "zero")))

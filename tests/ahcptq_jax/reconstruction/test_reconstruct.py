@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ahcptq_jax import api
+from ahcptq_jax.architectures.sam_vit import SAM_VIT
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
 from ahcptq_jax.calibration import saved_state
 from ahcptq_jax.calibration.calibrate import Calibrated
@@ -249,7 +250,8 @@ def test_parameters_that_were_quantized_are_known_by_what_stays_in_floating_poin
 def test_every_unit_is_done_in_forward_order(sam, finished):
     names = [report.name for report in finished[1]]
     assert names == [unit.name for unit in encoder_units(sam) + decoder_units(sam)]
-    units = encoder_units(sam) + encoder_units(sam, "block") + decoder_units(sam)
+    units = [unit for granularity in GRANULARITIES for unit in encoder_units(sam, granularity)]
+    units += [*decoder_units(sam), SAM_VIT.whole_decoder(sam)]
     assert {unit.part for unit in units} == set(PARTS)
 
 
