@@ -199,7 +199,7 @@ def sweep(
     verbosity: int = LINES,
     share: bool = False,
 ) -> str:
-    """Runs what is missing and returns the table, which is also written after every run.
+    """Runs what is missing and returns the table, which is also written after every run, or at the end if shared.
 
     Seeds are outermost, so that settings that share calibration images follow one another and share what was observed
     on them.

@@ -84,7 +84,7 @@ def check_codes_range(name: str, values: Any, highest: int) -> None:
         raise ValueError(f"{name} must hold integers from 0 to {highest}; take them from qparams_from_range")
 
 
-def check_broadcast(name: str, shape: tuple[int, ...], x_shape: tuple[int, ...]) -> None:
+def check_broadcast(name: str, shape: tuple[int, ...], x_shape: tuple[Any, ...]) -> None:
     """Raises ValueError unless ``shape`` broadcasts into ``x_shape`` without enlarging it."""
     # Not np.broadcast_shapes: a size of x may be a symbol when the graph is exported.
     trailing = tuple(x_shape)[len(x_shape) - len(shape) :]

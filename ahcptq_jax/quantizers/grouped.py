@@ -70,7 +70,7 @@ class Grouped:
             self.bits,
         )
 
-    def _for_input(self, shape: tuple[int, ...]) -> Uniform:
+    def _for_input(self, shape: tuple[Any, ...]) -> Uniform:
         if len(shape) == 0 or shape[-1] != np.shape(self.groups)[0]:
             raise ValueError(
                 f"groups labels {np.shape(self.groups)[0]} channels but the input has shape {tuple(shape)}; "

@@ -15,6 +15,10 @@ except ImportError:  # Windows, where two runs into one folder are not found
     fcntl = None  # type: ignore[assignment]
 
 
+# Of opening a lock whose folder comes and goes. Two processes that took one without rest met once in 300 times.
+_MOST_ATTEMPTS = 100
+
+
 class FolderTaken(InputError):
     """Another process writes to the folder."""
 
@@ -43,7 +47,6 @@ def claimed(folder: Path, flag: str) -> Iterator[None]:
     """
     partial = folder / "partial"
     made = [path for path in (partial, folder, *folder.parents) if not path.exists()]
-    make_folder(partial)
     lock = partial / ".lock"
     descriptor = _take(lock, folder, flag)
     try:
@@ -79,10 +82,24 @@ def alone(file: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _opened(lock: Path) -> int:
+    """The file of a lock, made with its folder, which another process may remove at any moment as it gives it back."""
+    for attempt in range(_MOST_ATTEMPTS):
+        try:
+            make_folder(lock.parent)
+            return os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except (FileNotFoundError, FileExistsError):
+            if attempt + 1 == _MOST_ATTEMPTS:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
 def _take(lock: Path, folder: Path, flag: str) -> int | None:
     """The open file whose lock this process holds; None where files cannot be locked."""
+    if fcntl is None:
+        make_folder(lock.parent)
     while fcntl is not None:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _opened(lock)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,8 +2,8 @@
 
 A run is taken by the lock of a file of its own. The system gives a lock back when its holder dies, so that a dead
 process loses its run alone: another takes it, and goes on from what it left. Locks reach other hosts where the shared
-file system carries them (NFS 4 does, once it notices that a host is gone); on one without locks a run may be done
-twice, with the same result.
+file system carries them (NFS 4 does, once it notices that a host is gone). One without locks is not for sharing: runs
+would be done twice, and records of one host lost to another's.
 """
 
 import time

@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import jax
 import jax.export
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -39,6 +41,14 @@ for count in (1, 3):  # one program, any number of prompts
 found["points"], _ = load("points.jax")(embeddings, given["coords"], given["labels"])
 np.savez(folder / "found.npz", **found)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sizes_may_be_symbols() -> Iterator[None]:
+    """Without the checks of types that only tests have: the number of prompts in an exported decoder is a symbol."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
 
 
 @pytest.fixture(scope="module")

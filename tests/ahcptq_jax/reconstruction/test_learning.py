@@ -165,7 +165,16 @@ def test_unusable_numbers_are_refused(changes, message):
 
 
 def test_methods_are_records_of_switches():
-    assert set(RECONSTRUCTION_METHODS) == {"adaround", "brecq", "qdrop", "ptq4sam_l", "ahcptq"}
+    assert set(RECONSTRUCTION_METHODS) == {
+        "adaround",
+        "brecq",
+        "qdrop",
+        "ptq4sam_l",
+        "ahcptq",
+        "ahcptq_mixed",
+        "ahcq_sam",
+        "saq_sam",
+    }
     for method in RECONSTRUCTION_METHODS.values():
         assert method.quant_config(w_bits=5).w_bits == 5
         assert method.reconstruction_config(iterations=7).iterations == 7
