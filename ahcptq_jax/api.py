@@ -192,6 +192,12 @@ def _has_parts(params: Any, parts: tuple[str, ...]) -> bool:
     return isinstance(params, Mapping) and all(isinstance(params.get(part), Mapping) for part in parts)
 
 
+def _identity(sam: Any, params: Params, images: list[CalibrationImage], config: QuantConfig) -> str:
+    """What tells the state of this quantization from that of all others."""
+    inputs = [(image.canvas, image.boxes) for image in images]
+    return saved_state.fingerprint(saved_state.code_version(), sam.config, config, params, inputs)
+
+
 _WIDTHS = "widths.npz"
 
 
@@ -206,8 +212,7 @@ def _widths(
     """The rules that meet the budget, which are read from the state folder if an equal run has left them there."""
     identity = ""
     if folder is not None:
-        inputs = [(image.canvas, image.boxes) for image in images]
-        identity = saved_state.fingerprint(saved_state.code_version(), sam.config, config, params, inputs)
+        identity = _identity(sam, params, images, config)
         saved = saved_state.load(folder / _WIDTHS, identity)
         if saved is not None:
             return tuple(Rule(**rule) for rule in json.loads(saved["rules"].tobytes()))
@@ -236,8 +241,7 @@ def _calibrated(
     """The calibration, which is read from the state folder if a run with the same arguments has left it there."""
     if folder is None:
         return calibrate(sam, params, images, config, progress=progress, cache=cache)
-    inputs = [(image.canvas, image.boxes) for image in images]
-    identity = saved_state.fingerprint(saved_state.code_version(), sam.config, config, params, inputs)
+    identity = _identity(sam, params, images, config)
     found = _load_calibrated(folder, identity, params)
     if found is None:
         found = calibrate(sam, params, images, config, progress=progress, state_dir=folder / "calibration", cache=cache)

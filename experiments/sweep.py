@@ -243,10 +243,7 @@ def sweep(
         in_turn(runs, lambda run: Path(run[2].out).name, out / "partial" / "taken", is_done, do, tell)
         done = records.read(records_file)
         for _, setting, options in runs:
-            finished = done[records.key(options)]
-            found.append(finished)
-            rows.setdefault(f"floating point:{finished['model']}", [{**finished["fp"], "model": finished["model"]}])
-            rows.setdefault(setting.name, []).append(row(finished))
+            _add_row(rows, found, setting, done[records.key(options)])
         return _write_tables(out, settings, rows, found)
     with claimed(out, "--out"):
         for seed, setting, options in runs:
@@ -257,10 +254,7 @@ def sweep(
                     options, journal=out / "partial", cache=cache, with_report=reports, verbosity=verbosity
                 )
                 record = records.add(records_file, options, results)
-            found.append(record)
-            # A model's floating-point row stands before its first setting.
-            rows.setdefault(f"floating point:{record['model']}", [{**record["fp"], "model": record["model"]}])
-            rows.setdefault(setting.name, []).append(row(record))
+            _add_row(rows, found, setting, record)
             if missing:
                 _write_tables(out, settings, rows, found)
         if kept < len(runs):
@@ -268,6 +262,14 @@ def sweep(
             for file in (out / "partial").glob("*.jsonl"):
                 file.unlink()
         return _write_tables(out, settings, rows, found)
+
+
+def _add_row(rows: dict[str, list[Row]], found: list[records.Record], setting: Setting, record: records.Record) -> None:
+    """Adds a finished run to the rows of the tables, and to the records that they are made of."""
+    found.append(record)
+    # A model's floating-point row stands before its first setting.
+    rows.setdefault(f"floating point:{record['model']}", [{**record["fp"], "model": record["model"]}])
+    rows.setdefault(setting.name, []).append(row(record))
 
 
 def dry_run(

@@ -279,13 +279,22 @@ class Architecture(abc.ABC):
 
 def traced_sites(architecture: Architecture, sam: Module) -> dict[str, int | None]:
     """The sites of a model as `Architecture.sites` returns them, found by abstract evaluation."""
-    found: dict[str, int | None] = {}
+    shapes = traced_shapes(architecture, sam)
+    return {path: None if path.endswith("softmax") else shape[-1] for path, shape in shapes.items()}
+
+
+def traced_shapes(architecture: Architecture, sam: Module, boxes: int = 1) -> dict[str, Shape]:
+    """The shape of what every site sees for one image with so many boxes, found by abstract evaluation.
+
+    An attention map that is made in parts has the shape of a part.
+    """
+    found: dict[str, Shape] = {}
     config = sam.config
 
     def note(prefix: str) -> Callable[[str, Any], Any]:
         def handle(path: str, value: Any) -> Any:
             if not isinstance(value, tuple):  # an attention's operands are no tensor of their own
-                found[prefix + path] = None if path.endswith("softmax") else value.shape[-1]
+                found[prefix + path] = value.shape
             return value
 
         return handle
@@ -306,7 +315,7 @@ def traced_sites(architecture: Architecture, sam: Module) -> dict[str, int | Non
     params = jax.eval_shape(sam.init_params, jax.random.key(0))
     size = config.img_size
     embedding = jax.eval_shape(encode, params, jax.ShapeDtypeStruct((1, size, size, 3), "float32"))
-    jax.eval_shape(decode, params, embedding, jax.ShapeDtypeStruct((1, 4), "float32"))
+    jax.eval_shape(decode, params, embedding, jax.ShapeDtypeStruct((boxes, 4), "float32"))
     return found
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ahcptq_jax.architectures.base import traced_shapes
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
 from ahcptq_jax.mixed.budget import Product
 from ahcptq_jax.quantizers import Quantizer
@@ -49,6 +50,9 @@ def slopes(
     sites: tuple[str, ...],
 ) -> Slopes:
     """Slopes of a sum of all mask logits of one image with random signs, divided by the root of their number.
+
+    At the decoder's sites they are those of the three masks of an ambiguous prompt alone; the single mask, which is
+    made of the same tensors, counts for all kernels and for the encoder's sites.
 
     Args:
         architecture: the model's.
@@ -138,7 +142,7 @@ def products(architecture: Any, sam: Any, params: Params, boxes: int, sites: Seq
         boxes: prompts of the image.
         sites: the quantized sites.
     """
-    shapes = _site_shapes(architecture, sam, params, boxes)
+    shapes = traced_shapes(architecture, sam, boxes)
     flat, found = flatten(params), []
     for site in sites:
         if site.endswith("/input"):
@@ -154,35 +158,6 @@ def products(architecture: Any, sam: Any, params: Params, boxes: int, sites: Seq
             macs = int(np.prod(q[:-1])) * k[-2] * v[-1]
             found.append(Product(site.removesuffix("q") + "v", site.removesuffix("q") + "softmax", 0, macs))
     return found
-
-
-def _site_shapes(architecture: Any, sam: Any, params: Params, boxes: int) -> dict[str, tuple[int, ...]]:
-    """The shape of what every site but the attention maps sees, by abstract evaluation."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def handler(prefix: str) -> Any:
-        def handle(path: str, value: Any) -> Any:
-            if not isinstance(value, tuple):
-                shapes[prefix + path] = value.shape
-            return value
-
-        return handle
-
-    def run(params: Params, canvas: jax.Array, prompts: jax.Array) -> Any:
-        flat = flatten(params)
-
-        def apply(stage: Stage, inputs: tuple[Any, ...]) -> Any:
-            own = unflatten({p.removeprefix(stage.prefix): v for p, v in flat.items() if p.startswith(stage.prefix)})
-            with intercept_sites(handler(stage.prefix)):
-                return call(stage.module, own, *inputs)
-
-        embedding = architecture.stages(sam).run(architecture.embed(sam, params, canvas), apply)
-        with intercept_sites(handler("")):
-            return call(sam, architecture.decoder(params), embedding, None, prompts, method="decode")
-
-    size = sam.config.img_size
-    jax.eval_shape(run, params, jax.ShapeDtypeStruct((1, size, size, 3), "float32"), jnp.zeros((boxes, 4)))
-    return shapes
 
 
 def measured(
