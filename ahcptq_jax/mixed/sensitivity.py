@@ -51,8 +51,8 @@ def slopes(
 ) -> Slopes:
     """Slopes of a sum of all mask logits of one image with random signs, divided by the root of their number.
 
-    At the decoder's sites they are those of the three masks of an ambiguous prompt alone; the single mask, which is
-    made of the same tensors, counts for all kernels and for the encoder's sites.
+    The masks are the single one and the three of an ambiguous prompt. The decoder runs once for each kind, on the same
+    tensors, and a slope at one of its sites is that of both runs together.
 
     Args:
         architecture: the model's.
@@ -90,7 +90,7 @@ def slopes(
         embedding = architecture.stages(sam).run(architecture.embed(sam, changed, canvas[None]), apply)
         found = []
         for multimask in (False, True):
-            with intercept_sites(handler("") if multimask else lambda path, value: value):
+            with intercept_sites(handler("")):
                 out = call(
                     sam,
                     architecture.decoder(changed),
