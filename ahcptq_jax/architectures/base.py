@@ -7,6 +7,7 @@ reconstruction, the runtime and the file ask the architecture, and know no param
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
@@ -283,12 +284,21 @@ def traced_sites(architecture: Architecture, sam: Module) -> dict[str, int | Non
     return {path: None if path.endswith("softmax") else shape[-1] for path, shape in shapes.items()}
 
 
-def traced_shapes(architecture: Architecture, sam: Module, boxes: int = 1) -> dict[str, Shape]:
+def traced_shapes(
+    architecture: Architecture, sam: Module, boxes: int = 1, strided: dict[str, Shape] | None = None
+) -> dict[str, Shape]:
     """The shape of what every site sees for one image with so many boxes, found by abstract evaluation.
 
     An attention map that is made in parts has the shape of a part.
+
+    Args:
+        architecture: the model's.
+        sam: the module.
+        boxes: prompts of the image.
+        strided: where given, the shapes of what convolutions with a stride return are put here, by the layer's path.
     """
     found: dict[str, Shape] = {}
+    outputs = {} if strided is None else strided
     config = sam.config
 
     def note(prefix: str) -> Callable[[str, Any], Any]:
@@ -299,11 +309,20 @@ def traced_shapes(architecture: Architecture, sam: Module, boxes: int = 1) -> di
 
         return handle
 
+    def note_outputs(prefix: str) -> AbstractContextManager[None]:
+        def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+            out = next_fun(*args, **kwargs)
+            if getattr(context.module, "stride", 1) > 1 and isinstance(out, jax.Array):
+                outputs[prefix + "/".join(context.module.path)] = out.shape
+            return out
+
+        return nn.intercept_methods(interceptor)
+
     def encode(params: Params, images: jax.Array) -> Any:
         flat = flatten(params)
 
         def apply(stage: Stage, inputs: tuple[Any, ...]) -> Any:
-            with intercept_sites(note(stage.prefix)):
+            with intercept_sites(note(stage.prefix)), note_outputs(stage.prefix):
                 return call(stage.module, unflatten(below(stage.prefix, flat)), *inputs)
 
         return architecture.stages(sam).run(architecture.embed(sam, params, images), apply)

@@ -142,13 +142,14 @@ def products(architecture: Any, sam: Any, params: Params, boxes: int, sites: Seq
         boxes: prompts of the image.
         sites: the quantized sites.
     """
-    shapes = traced_shapes(architecture, sam, boxes)
+    strided: dict[str, tuple[int, ...]] = {}
+    shapes = traced_shapes(architecture, sam, boxes, strided)
     flat, found = flatten(params), []
     for site in sites:
         if site.endswith("/input"):
-            kernel = flat[f"{site.removesuffix('/input')}/kernel"].shape
-            rows = int(np.prod(shapes[site][:-1]))
-            # A convolution's rows are taken as those of its input, which is so at stride 1.
+            layer = site.removesuffix("/input")
+            kernel = flat[f"{layer}/kernel"].shape
+            rows = int(np.prod(strided.get(layer, shapes[site])[:-1]))
             found.append(Product(site, None, int(np.prod(kernel)), rows * int(np.prod(kernel))))
         elif site.endswith("/q"):
             q, k = shapes[site], shapes[site.removesuffix("q") + "k"]

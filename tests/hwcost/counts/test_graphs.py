@@ -8,8 +8,10 @@ import pytest
 
 import hwcost
 from ahcptq_jax import W4A4
-from ahcptq_jax.architectures.base import module_of
+from ahcptq_jax.architectures import architecture_of
+from ahcptq_jax.architectures.base import module_of, traced_sites
 from ahcptq_jax.architectures.sites import intercept_sites
+from ahcptq_jax.mixed.sensitivity import products
 from hwcost.counts.builder import GELU_OPS
 from sam_flax.encoders import attention
 from sam_flax.encoders.hiera import SAM2_CONFIGS
@@ -64,3 +66,19 @@ def test_a_quantized_model_has_as_many_products_and_fewer_bytes(name: str) -> No
     plain, quantized = (hwcost.count(CONFIGS[name], config) for config in (None, W4A4))
     assert quantized.ops.macs == plain.ops.macs and quantized.ops.int_macs > 0.8 * plain.ops.macs
     assert quantized.totals()["weight_bytes"] < 0.4 * plain.totals()["weight_bytes"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "mobile_sam" else pytest.mark.slow) for name in CONFIGS]
+)
+def test_a_budget_counts_the_same_multiply_accumulates(name: str) -> None:
+    """Layer by layer, strided convolutions among them: what `bitops:` spends is what the cost model counts."""
+    config = CONFIGS[name]
+    sam = module_of(config)
+    architecture = architecture_of(sam)
+    params = jax.eval_shape(sam.init_params, jax.random.key(0))
+    found = products(architecture, sam, params, PROMPTS, sorted(traced_sites(architecture, sam)))
+    counted = {layer.path: layer.ops.macs for layer in hwcost.count(config, prompts=PROMPTS).layers}
+    layers = {p.left.removesuffix("/input"): p.macs for p in found if p.right is None}
+    assert any("merges" in path for path in layers) or name != "mobile_sam"
+    assert {path: counted[path] for path in layers} == layers
