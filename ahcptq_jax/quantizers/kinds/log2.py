@@ -26,7 +26,7 @@ def _update(state: Any, observed: Observation, bits: int, settings: QuantConfig)
     if observed.attention is None:
         raise ValueError("The log2 kind is searched by the values that its probabilities weigh; use it at a softmax.")
     probabilities, values = observed.attention(settings.softmax_rows)
-    return softmax.softmax_update(state, probabilities, values, 2**bits - 1)
+    return softmax.softmax_update(state, probabilities, values, 2**bits - 1, grid_bits=settings.grid_bits)
 
 
 def _finalize(states: Mapping[str, Any], bits: int, settings: QuantConfig) -> dict[str, Quantizer]:
@@ -60,7 +60,7 @@ KIND = Kind(
     fields=("scale", "tau"),
     whole_fields=("tau",),
     static_fields=("grid_bits",),
-    statistic=Statistic(_init, _update, _finalize, lambda settings, attention: ("bits", "softmax_rows")),
+    statistic=Statistic(_init, _update, _finalize, lambda settings, attention: ("bits", "softmax_rows", "grid_bits")),
     learned=("scale",),
     on_grid=on_grid,
     levels=levels,

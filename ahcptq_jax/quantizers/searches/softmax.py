@@ -43,9 +43,14 @@ def softmax_init(candidates: int = len(TAUS)) -> SoftmaxState:
     return SoftmaxState(jnp.zeros(candidates, jnp.float32), jnp.zeros(candidates, jnp.float32), jnp.float32(0))
 
 
-@functools.partial(jax.jit, static_argnames=("levels", "max_elements"))
+@functools.partial(jax.jit, static_argnames=("levels", "max_elements", "grid_bits"))
 def softmax_update(
-    state: SoftmaxState, attention: jax.Array, value: jax.Array, levels: int, max_elements: int | None = 2**24
+    state: SoftmaxState,
+    attention: jax.Array,
+    value: jax.Array,
+    levels: int,
+    max_elements: int | None = 2**24,
+    grid_bits: int = 0,
 ) -> SoftmaxState:
     """Adds a batch: the best scale and its loss for every tau.
 
@@ -58,13 +63,15 @@ def softmax_update(
         value: (..., keys, width).
         levels: number of nonzero levels.
         max_elements: of a larger attention an evenly spaced part of the queries stands for all (None: never).
+        grid_bits: the losses are those of values on a grid of so many bits; 0 for none. There a probability below half
+            a step is zero, so that a smaller scale, or more levels an octave, may lose less.
 
     Source: official ``LogAvgMSEFastObserver``.
     """
     tau = jnp.asarray(TAUS, jnp.int32)
 
     def error(attention: jax.Array, scale: jax.Array, tau: jax.Array) -> jax.Array:
-        return log2_fake_quant(attention, scale, tau, levels) - attention
+        return log2_fake_quant(attention, scale, tau, levels, grid_bits) - attention
 
     maximum = jnp.max(jnp.asarray(attention, jnp.float32))
     low = jnp.minimum(0.1, 0.01 * maximum)

@@ -286,6 +286,25 @@ def test_softmax_search_on_part_of_the_rows_agrees() -> None:
     assert losses[0] <= losses[1] * 1.001 and losses[1] <= losses[0] * 1.15
 
 
+@pytest.mark.parametrize("grid_bits", [6, 7, 8])
+def test_softmax_search_on_the_grid_loses_less_there(grid_bits: int) -> None:
+    # A thousand probabilities of which one is large: the rest lie below a step of the grid unless the scale is smaller.
+    logits = normal((2, 64, 1024))
+    logits[:, 0, 0] += 10.0
+    attention = np.asarray(jax.nn.softmax(logits))
+    value = normal((2, 1024, 8), 1)
+    losses = []
+    for searched_on in (0, grid_bits):
+        state = searches.softmax_update(searches.softmax_init(), attention, value, 15, grid_bits=searched_on)
+        quantizer = dataclasses.replace(searches.softmax_finalize(state, 4), grid_bits=grid_bits)
+        error = np.asarray(quantizer.fake_quant(attention)) - attention
+        losses.append(np.mean(np.abs(error @ value) ** 2.4))
+        if searched_on:
+            assert losses[1] == pytest.approx(float(jnp.min(state.error_sum)), rel=1e-4)
+    assert losses[1] <= losses[0] * 1.0001
+    assert grid_bits == 8 or losses[1] < losses[0]
+
+
 def test_refusals() -> None:
     x, weight = normal((4, 8)), normal((8, 3))
     with pytest.raises(ValueError, match="bits must be"):
