@@ -443,7 +443,7 @@ def test_hybrid_and_grouped_activations_are_those_of_the_float_model(tiny, w4a4,
 def test_log2_activations_are_those_of_the_float_model(w4a4, seen, attention):
     maps, operands = ([values[f"{attention}/{name}"] for values in seen] for name in ("softmax", "operands"))
     assert maps[0].shape[-2] <= W4A4.softmax_rows, "none is left out"
-    wanted = searches.search_softmax(maps, [values[2] for values in operands], 4)
+    wanted = searches.search_softmax(maps, [values[2] for values in operands], 4, grid_bits=W4A4.grid_bits)
     _assert_close(w4a4.activations[f"{attention}/softmax"], _on_grid(wanted))
 
 

@@ -176,6 +176,7 @@ def search_softmax(
     bits: int,
     levels: int | None = None,
     max_elements: int | None = 2**24,
+    grid_bits: int = 0,
 ) -> Log2:
     """AGQ's search: tau in {1, 2, 4} and the scale with the least mean ``|A_q V - A V|^2.4``.
 
@@ -185,6 +186,7 @@ def search_softmax(
         bits: code width, 2 to 8.
         levels: number of nonzero levels; default ``2^bits - 1``, what the quantizer has (``2^bits``: official).
         max_elements: see ``softmax_update``.
+        grid_bits: see ``softmax_update``; what is returned is off the grid.
 
     Raises:
         ValueError: on bad bits, no batch, unequal numbers of batches or shapes that do not fit.
@@ -198,7 +200,7 @@ def search_softmax(
                 f"attention {tuple(attention.shape)} must be (..., queries, keys) and value {tuple(value.shape)} "
                 "(..., keys, width) with the same keys"
             )
-        state = softmax_update(state, attention, value, levels, max_elements)
+        state = softmax_update(state, attention, value, levels, max_elements, grid_bits)
     return softmax_finalize(state, bits)
 
 
