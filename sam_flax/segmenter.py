@@ -1,5 +1,6 @@
 """What every promptable segmenter of this package is: a Linen module with a configuration, run whole or by stages."""
 
+import abc
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ def check_canvas(images: jax.Array, config: SegmenterConfig) -> None:
         )
 
 
-class Segmenter(nn.Module):
+class Segmenter(nn.Module, abc.ABC):
     """A promptable segmenter as a function of a parameter pytree.
 
     A family is a subclass that says what its image encoder is. Use
@@ -35,14 +36,14 @@ class Segmenter(nn.Module):
     config: Any  # a `SegmenterConfig`; a family says which
 
     @nn.nowrap
+    @abc.abstractmethod
     def make_encoder(self) -> nn.Module:
         """The image encoder: images (B, S, S, 3) to what `decode_masks` takes."""
-        raise NotImplementedError
 
     @nn.nowrap
+    @abc.abstractmethod
     def stages(self) -> StageGraph:
         """The image encoder as stages behind `embed`."""
-        raise NotImplementedError
 
     @nn.nowrap
     def embed(self, params: Params, images: jax.Array) -> jax.Array:

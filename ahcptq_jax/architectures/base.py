@@ -8,7 +8,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -251,7 +251,9 @@ class Architecture(abc.ABC):
             biases: what the `operands` site sees behind q, k and v; the row before the last axis is the query's.
         """
         if biases:
-            raise NotImplementedError(f"The architecture {self.name} does not say how its attentions are biased.")
+            raise NotImplementedError(
+                f"The attentions of the architecture {self.name} have biases; its attention_map must say where they go."
+            )
         return nn.softmax(q @ jnp.swapaxes(k, -1, -2))
 
     def rewritable(self, sam: Module) -> Rewritable:
@@ -278,27 +280,28 @@ class Architecture(abc.ABC):
         return {part: params[part] for part in self.decoder_parts}
 
 
+class Traced(NamedTuple):
+    """The shapes inside a model for one image.
+
+    Attributes:
+        seen: of what every site sees; an attention map that is made in parts has the shape of a part.
+        strided: of what the encoder's modules with a stride above 1 return, by the module's path.
+    """
+
+    seen: dict[str, Shape]
+    strided: dict[str, Shape]
+
+
 def traced_sites(architecture: Architecture, sam: Module) -> dict[str, int | None]:
     """The sites of a model as `Architecture.sites` returns them, found by abstract evaluation."""
-    shapes = traced_shapes(architecture, sam)
-    return {path: None if path.endswith("softmax") else shape[-1] for path, shape in shapes.items()}
+    seen = traced(architecture, sam).seen
+    return {path: None if path.endswith("softmax") else shape[-1] for path, shape in seen.items()}
 
 
-def traced_shapes(
-    architecture: Architecture, sam: Module, boxes: int = 1, strided: dict[str, Shape] | None = None
-) -> dict[str, Shape]:
-    """The shape of what every site sees for one image with so many boxes, found by abstract evaluation.
-
-    An attention map that is made in parts has the shape of a part.
-
-    Args:
-        architecture: the model's.
-        sam: the module.
-        boxes: prompts of the image.
-        strided: where given, the shapes of what convolutions with a stride return are put here, by the layer's path.
-    """
+def traced(architecture: Architecture, sam: Module, boxes: int = 1) -> Traced:
+    """The shapes inside a model for one image with so many boxes, found by abstract evaluation."""
     found: dict[str, Shape] = {}
-    outputs = {} if strided is None else strided
+    strided: dict[str, Shape] = {}
     config = sam.config
 
     def note(prefix: str) -> Callable[[str, Any], Any]:
@@ -309,11 +312,11 @@ def traced_shapes(
 
         return handle
 
-    def note_outputs(prefix: str) -> AbstractContextManager[None]:
+    def note_strided(prefix: str) -> AbstractContextManager[None]:
         def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             out = next_fun(*args, **kwargs)
             if getattr(context.module, "stride", 1) > 1 and isinstance(out, jax.Array):
-                outputs[prefix + "/".join(context.module.path)] = out.shape
+                strided[prefix + "/".join(context.module.path)] = out.shape
             return out
 
         return nn.intercept_methods(interceptor)
@@ -322,7 +325,7 @@ def traced_shapes(
         flat = flatten(params)
 
         def apply(stage: Stage, inputs: tuple[Any, ...]) -> Any:
-            with intercept_sites(note(stage.prefix)), note_outputs(stage.prefix):
+            with intercept_sites(note(stage.prefix)), note_strided(stage.prefix):
                 return call(stage.module, unflatten(below(stage.prefix, flat)), *inputs)
 
         return architecture.stages(sam).run(architecture.embed(sam, params, images), apply)
@@ -335,7 +338,7 @@ def traced_shapes(
     size = config.img_size
     embedding = jax.eval_shape(encode, params, jax.ShapeDtypeStruct((1, size, size, 3), "float32"))
     jax.eval_shape(decode, params, embedding, jax.ShapeDtypeStruct((boxes, 4), "float32"))
-    return found
+    return Traced(found, strided)
 
 
 # ------------------------------------------------------------------------------------------------------- registry

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ahcptq_jax.architectures.base import traced_shapes
+from ahcptq_jax.architectures.base import traced
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
 from ahcptq_jax.mixed.budget import Product
 from ahcptq_jax.quantizers import Quantizer
@@ -142,8 +142,7 @@ def products(architecture: Any, sam: Any, params: Params, boxes: int, sites: Seq
         boxes: prompts of the image.
         sites: the quantized sites.
     """
-    strided: dict[str, tuple[int, ...]] = {}
-    shapes = traced_shapes(architecture, sam, boxes, strided)
+    shapes, strided = traced(architecture, sam, boxes)
     flat, found = flatten(params), []
     for site in sites:
         if site.endswith("/input"):

@@ -288,7 +288,7 @@ def test_softmax_search_on_part_of_the_rows_agrees() -> None:
 
 @pytest.mark.parametrize("grid_bits", [6, 7, 8])
 def test_softmax_search_on_the_grid_loses_less_there(grid_bits: int) -> None:
-    # A thousand probabilities of which one is large: the rest lie below a step of the grid unless the scale is smaller.
+    # One probability is near 1. At that scale most of the other queries' thousand probabilities lie below a step.
     logits = normal((2, 64, 1024))
     logits[:, 0, 0] += 10.0
     attention = np.asarray(jax.nn.softmax(logits))
