@@ -28,7 +28,7 @@ def _update(state: Any, observed: Observation, bits: int, settings: QuantConfig)
             "The log_nonlinear kind is searched by the values that its probabilities weigh; use it at a softmax."
         )
     probabilities, values = observed.attention(settings.softmax_rows)
-    return softmax.log_nonlinear_update(state, probabilities, values, bits)
+    return softmax.log_nonlinear_update(state, probabilities, values, bits, grid_bits=settings.grid_bits)
 
 
 def _finalize(states: Mapping[str, Any], bits: int, settings: QuantConfig) -> dict[str, Quantizer]:
@@ -64,7 +64,7 @@ KIND = Kind(
     quantizer=LogNonlinear,
     fields=("alpha", "scale"),
     static_fields=("grid_bits",),
-    statistic=Statistic(_init, _update, _finalize, lambda settings, attention: ("bits", "softmax_rows")),
+    statistic=Statistic(_init, _update, _finalize, lambda settings, attention: ("bits", "softmax_rows", "grid_bits")),
     learned=(),
     on_grid=on_grid,
     levels=levels,

@@ -78,9 +78,14 @@ def softmax_update(
     return _add_best(state, attention, value, tau, low, maximum, error, max_elements)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "max_elements"))
+@functools.partial(jax.jit, static_argnames=("bits", "max_elements", "grid_bits"))
 def log_nonlinear_update(
-    state: SoftmaxState, attention: jax.Array, value: jax.Array, bits: int, max_elements: int | None = 2**24
+    state: SoftmaxState,
+    attention: jax.Array,
+    value: jax.Array,
+    bits: int,
+    max_elements: int | None = 2**24,
+    grid_bits: int = 0,
 ) -> SoftmaxState:
     """Adds a batch: the best scale and its loss for every alpha; arguments as in `softmax_update`.
 
@@ -89,7 +94,7 @@ def log_nonlinear_update(
     alpha = jnp.asarray(ALPHAS, jnp.float32)
 
     def error(attention: jax.Array, scale: jax.Array, alpha: jax.Array) -> jax.Array:
-        return log_nonlinear_values(attention, alpha, scale, bits) - attention
+        return log_nonlinear_values(attention, alpha, scale, bits, grid_bits) - attention
 
     maximum = jnp.max(jnp.asarray(attention, jnp.float32))
     low = jnp.minimum(jnp.maximum(1e-4, 0.1 * maximum), maximum)

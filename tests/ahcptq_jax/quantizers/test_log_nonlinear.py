@@ -1,5 +1,7 @@
 """LNQ against its formula, worked out here in float64, and what it is made for."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,26 @@ def test_search_is_as_good_as_all_pairs(bits):
     assert loss(attention, np.asarray(found.fake_quant(attention)), value) < 0.5 * loss(
         attention, np.asarray(uniform.fake_quant(attention)), value
     )
+
+
+@pytest.mark.parametrize("grid_bits", [6, 7, 8])
+def test_search_sees_the_grid(grid_bits):
+    rng = np.random.default_rng(4)
+    logits = rng.normal(0, 1, (2, 64, 1024))
+    logits[:, 0, 0] += 10
+    attention = np.exp(logits - logits.max(-1, keepdims=True))
+    attention = (attention / attention.sum(-1, keepdims=True)).astype(np.float32)
+    value = rng.normal(size=(2, 1024, 8)).astype(np.float32)
+    losses = []
+    for searched_on in (0, grid_bits):
+        state = softmax.softmax_init(len(ALPHAS))
+        state = softmax.log_nonlinear_update(state, attention, value, 4, grid_bits=searched_on)
+        found = dataclasses.replace(softmax.log_nonlinear_finalize(state, 4), grid_bits=grid_bits)
+        losses.append(loss(attention, np.asarray(found.fake_quant(attention)), value))
+    # What the search promises is what the quantizer on the grid loses.
+    assert losses[1] == pytest.approx(float(state.error_sum.min()), rel=1e-3)
+    assert losses[1] <= losses[0] * 1.0001
+    assert grid_bits == 8 or losses[1] < losses[0]
 
 
 def test_no_batch_and_bad_numbers_are_refused():
