@@ -118,7 +118,7 @@ def check_recipe(recipe: Recipe, sites: Iterable[str]) -> None:
 
 
 # What the encoder's pass finds: its quantizers, and the embeddings of all images.
-Encoded = tuple[dict[str, Quantizer], list[Any]]
+Encoded = tuple[dict[str, Quantizer], Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +148,9 @@ class _Calibration:
             )
             folder = self.state_dir if number == 0 else self.state_dir / f"pass_{number}"
             saved = SavedStatistics(folder, identity)
-        canvases = self.bar([image.canvas for image in self.images], "calibrate encoder")
-        return passes.observe_encoder(self.sam, params, canvases, self.recipe, saved, self.cache)
+        canvases = [image.canvas for image in self.images]
+        bar = partial(self.bar, label="calibrate encoder")
+        return passes.observe_encoder(self.sam, params, canvases, self.recipe, saved, self.cache, bar)
 
     def transformed(self, params: Params) -> Calibrated:
         """The calibration of the transformed parameters.

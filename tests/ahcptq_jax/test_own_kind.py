@@ -72,7 +72,8 @@ CUBIC = kinds.register(
         static_fields=("grid_bits",),
         statistic=Statistic(
             init=lambda shape, bits, settings: jnp.float32(0),
-            update=lambda state, observed, bits, settings: jnp.maximum(state, jnp.abs(observed.values(0)).max()),
+            of_batch=lambda before, observed, bits, settings: jnp.abs(observed.values(0)).max(),
+            merge=jnp.maximum,
             finalize=lambda states, bits, settings: {path: Cubic(state, bits) for path, state in states.items()},
             depends_on=lambda settings, attention: (),
         ),

@@ -35,9 +35,9 @@ def _init(shape: tuple[int, ...], bits: int, settings: QuantConfig) -> Any:
     return ranges.range_init(shape[-1])
 
 
-def _update(state: Any, observed: Observation, bits: int, settings: QuantConfig) -> Any:
-    del bits, settings
-    return ranges.range_update(state, observed.values(0))
+def _of_batch(before: Any, observed: Observation, bits: int, settings: QuantConfig) -> Any:
+    del before, bits, settings
+    return ranges.extremes_of(observed.values(0), 1)
 
 
 def _finalize(states: Mapping[str, Any], bits: int, settings: QuantConfig) -> dict[str, Quantizer]:
@@ -152,7 +152,7 @@ KIND = Kind(
     quantizer=Grouped,
     fields=("scale", "zero_point"),
     channel_fields=("groups",),
-    statistic=Statistic(_init, _update, _finalize, lambda settings, attention: ()),
+    statistic=Statistic(_init, _of_batch, ranges.range_merge, _finalize, lambda settings, attention: ()),
     learned=("scale",),
     on_grid=on_grid,
     levels=levels,

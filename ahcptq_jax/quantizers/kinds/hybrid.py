@@ -22,6 +22,7 @@ from ahcptq_jax.quantizers.hybrid import Hybrid
 from ahcptq_jax.quantizers.kinds.registry import GRID_BITS, Kind, Levels, Observation, Statistic, scalar
 from ahcptq_jax.quantizers.searches import hybrid as searches
 from ahcptq_jax.quantizers.searches.batches import draw_rows
+from ahcptq_jax.quantizers.searches.ranges import extremes_of
 
 # Of `hluq_fine`.
 FINE_RANGE_RATES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
@@ -40,14 +41,18 @@ def _init(shape: tuple[int, ...], bits: int, settings: QuantConfig) -> searches.
     return searches.hybrid_init(breakpoints(bits, settings.hluq_fine))
 
 
-def _update(state: Any, observed: Observation, bits: int, settings: QuantConfig) -> searches.HybridState:
+def _of_batch(before: Any, observed: Observation, bits: int, settings: QuantConfig) -> searches.HybridState:
     if observed.activations is None or observed.kernel is None:
         raise ValueError("The hybrid kind is searched by the output error of a layer; use it at the input of one.")
     x = observed.activations
     picked = draw_rows(x.size // x.shape[-1], settings.hluq_rows, observed.key)
     candidates = breakpoints(bits, settings.hluq_fine)
     reach = settings.hluq_reach_maximum
-    return searches.hybrid_update(state, x, observed.kernel, candidates, bits, reach, picked=picked)
+    return searches.hybrid_of_batch(before.range, x, observed.kernel, candidates, bits, reach, picked)
+
+
+def _outline(empty: Any, observed: Observation) -> searches.HybridState:
+    return empty._replace(range=extremes_of(observed.values(0)))
 
 
 def _finalize(states: Mapping[str, Any], bits: int, settings: QuantConfig) -> dict[str, Quantizer]:
@@ -143,9 +148,11 @@ KIND = Kind(
     fields=("minimum", "scale_log", "scale_uniform", "log_levels"),
     statistic=Statistic(
         _init,
-        _update,
+        _of_batch,
+        searches.hybrid_merge,
         _finalize,
         lambda settings, attention: ("bits", "hluq_fine", "hluq_reach_maximum", "hluq_rows"),
+        _outline,
     ),
     learned=("scale_log", "scale_uniform"),
     on_grid=on_grid,

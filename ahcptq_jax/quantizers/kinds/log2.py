@@ -15,6 +15,7 @@ from ahcptq_jax.quantizers.base import Quantizer
 from ahcptq_jax.quantizers.kinds.registry import GRID_BITS, Kind, Levels, Observation, Statistic, scalar
 from ahcptq_jax.quantizers.log2 import Log2
 from ahcptq_jax.quantizers.searches import softmax
+from ahcptq_jax.quantizers.searches.batches import summed
 
 
 def _init(shape: tuple[int, ...], bits: int, settings: QuantConfig) -> softmax.SoftmaxState:
@@ -22,11 +23,13 @@ def _init(shape: tuple[int, ...], bits: int, settings: QuantConfig) -> softmax.S
     return softmax.softmax_init()
 
 
-def _update(state: Any, observed: Observation, bits: int, settings: QuantConfig) -> softmax.SoftmaxState:
+def _of_batch(before: Any, observed: Observation, bits: int, settings: QuantConfig) -> softmax.SoftmaxState:
+    del before
     if observed.attention is None:
         raise ValueError("The log2 kind is searched by the values that its probabilities weigh; use it at a softmax.")
+    empty = softmax.softmax_init()
     probabilities, values = observed.attention(settings.softmax_rows)
-    return softmax.softmax_update(state, probabilities, values, 2**bits - 1, grid_bits=settings.grid_bits)
+    return softmax.softmax_update(empty, probabilities, values, 2**bits - 1, grid_bits=settings.grid_bits)
 
 
 def _finalize(states: Mapping[str, Any], bits: int, settings: QuantConfig) -> dict[str, Quantizer]:
@@ -60,7 +63,9 @@ KIND = Kind(
     fields=("scale", "tau"),
     whole_fields=("tau",),
     static_fields=("grid_bits",),
-    statistic=Statistic(_init, _update, _finalize, lambda settings, attention: ("bits", "softmax_rows", "grid_bits")),
+    statistic=Statistic(
+        _init, _of_batch, summed, _finalize, lambda settings, attention: ("bits", "softmax_rows", "grid_bits")
+    ),
     learned=("scale",),
     on_grid=on_grid,
     levels=levels,

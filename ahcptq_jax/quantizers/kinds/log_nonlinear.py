@@ -15,6 +15,7 @@ from ahcptq_jax.quantizers.base import Quantizer
 from ahcptq_jax.quantizers.kinds.registry import GRID_BITS, Kind, Levels, Observation, Statistic, scalar
 from ahcptq_jax.quantizers.log_nonlinear import ALPHAS, LogNonlinear
 from ahcptq_jax.quantizers.searches import softmax
+from ahcptq_jax.quantizers.searches.batches import summed
 
 
 def _init(shape: tuple[int, ...], bits: int, settings: QuantConfig) -> softmax.SoftmaxState:
@@ -22,13 +23,15 @@ def _init(shape: tuple[int, ...], bits: int, settings: QuantConfig) -> softmax.S
     return softmax.softmax_init(len(ALPHAS))
 
 
-def _update(state: Any, observed: Observation, bits: int, settings: QuantConfig) -> softmax.SoftmaxState:
+def _of_batch(before: Any, observed: Observation, bits: int, settings: QuantConfig) -> softmax.SoftmaxState:
+    del before
     if observed.attention is None:
         raise ValueError(
             "The log_nonlinear kind is searched by the values that its probabilities weigh; use it at a softmax."
         )
+    empty = softmax.softmax_init(len(ALPHAS))
     probabilities, values = observed.attention(settings.softmax_rows)
-    return softmax.log_nonlinear_update(state, probabilities, values, bits, grid_bits=settings.grid_bits)
+    return softmax.log_nonlinear_update(empty, probabilities, values, bits, grid_bits=settings.grid_bits)
 
 
 def _finalize(states: Mapping[str, Any], bits: int, settings: QuantConfig) -> dict[str, Quantizer]:
@@ -64,7 +67,9 @@ KIND = Kind(
     quantizer=LogNonlinear,
     fields=("alpha", "scale"),
     static_fields=("grid_bits",),
-    statistic=Statistic(_init, _update, _finalize, lambda settings, attention: ("bits", "softmax_rows", "grid_bits")),
+    statistic=Statistic(
+        _init, _of_batch, summed, _finalize, lambda settings, attention: ("bits", "softmax_rows", "grid_bits")
+    ),
     learned=(),
     on_grid=on_grid,
     levels=levels,

@@ -86,21 +86,35 @@ class Observation:
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-    """How calibration finds the quantizers of a kind: a pure fold over the batches.
+    """How calibration finds the quantizers of a kind: what a batch tells, and how that of several is one.
+
+    Batches may be looked at by several devices at once. What they tell is merged in the order of the batches, so that
+    the bits are those of one device.
 
     Attributes:
         init: ``(shape, bits, settings) -> state`` of a site of this shape before the first batch.
-        update: ``(state, observation, bits, settings) -> state``; traced.
+        of_batch: ``(before, observation, bits, settings) -> state`` of this batch alone; traced. `before` is the state
+            of the batches before it, of which nothing may be read but what `outline` makes: for most kinds nothing.
+        merge: ``(before, batch) -> state`` of both; traced, and associative but for rounding.
         finalize: ``(states by site, bits, settings) -> quantizers by site``, for all sites of one width at once.
         depends_on: ``(settings, attention) -> names`` of the settings that `init` and `update` read, "bits" among them
             if they read the width; `attention` says whether the site is a softmax. What is not named neither costs a
             compilation nor a second pass over the images.
+        outline: ``(empty, observation) -> state`` of a batch as far as `of_batch` of a later one looks at it, the rest
+            as in the empty state; None if that is nothing. Where devices look at batches at once, outlines are
+            exchanged first.
     """
 
     init: Callable[[tuple[int, ...], int, QuantConfig], Any]
-    update: Callable[[Any, Observation, int, QuantConfig], Any]
+    of_batch: Callable[[Any, Observation, int, QuantConfig], Any]
+    merge: Callable[[Any, Any], Any]
     finalize: Callable[[Mapping[str, Any], int, QuantConfig], dict[str, Quantizer]]
     depends_on: Callable[[QuantConfig, bool], tuple[str, ...]]
+    outline: Callable[[Any, Observation], Any] | None = None
+
+    def update(self, before: Any, observation: Observation, bits: int, settings: QuantConfig) -> Any:
+        """The state with one more batch."""
+        return self.merge(before, self.of_batch(before, observation, bits, settings))
 
 
 @dataclasses.dataclass(frozen=True)

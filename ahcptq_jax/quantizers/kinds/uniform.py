@@ -12,6 +12,7 @@ from ahcptq_jax.quantizers import cost
 from ahcptq_jax.quantizers.base import Quantizer
 from ahcptq_jax.quantizers.kinds.registry import Kind, Levels, Observation, Statistic, evenly_spaced
 from ahcptq_jax.quantizers.searches import percentile, ranges
+from ahcptq_jax.quantizers.searches.batches import summed
 from ahcptq_jax.quantizers.uniform import Uniform
 
 
@@ -20,14 +21,19 @@ def _init(shape: tuple[int, ...], bits: int, settings: QuantConfig) -> Any:
     return percentile.percentile_init() if settings.act_range == "percentile" else ranges.range_init()
 
 
-def _update(state: Any, observed: Observation, bits: int, settings: QuantConfig) -> Any:
+def _of_batch(before: Any, observed: Observation, bits: int, settings: QuantConfig) -> Any:
+    del before
     # A plain minimum and maximum leaves no query of an attention map out.
     x = observed.values(0 if settings.act_range == "minmax" else settings.softmax_rows)
     if settings.act_range == "percentile":
-        return percentile.percentile_update(state, x, bits)
+        return percentile.percentile_update(percentile.percentile_init(), x, bits)
     if settings.act_range == "mse":
-        return ranges.uniform_mse_update(state, x, bits)
-    return ranges.range_update(state, x)
+        return ranges.uniform_mse_update(ranges.range_init(), x, bits)
+    return ranges.extremes_of(x)
+
+
+def _merge(before: Any, batch: Any) -> Any:
+    return ranges.range_merge(before, batch) if isinstance(batch, ranges.RangeState) else summed(before, batch)
 
 
 def _finalize(states: Mapping[str, Any], bits: int, settings: QuantConfig) -> dict[str, Quantizer]:
@@ -66,7 +72,7 @@ KIND = Kind(
     name="uniform",
     quantizer=Uniform,
     fields=("scale", "zero_point"),
-    statistic=Statistic(_init, _update, _finalize, _depends_on),
+    statistic=Statistic(_init, _of_batch, _merge, _finalize, _depends_on),
     learned=("scale",),
     on_grid=on_grid,
     levels=levels,

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 # A search over a whole tensor looks coarsely at this many of its values, and then finely at all of them.
 COARSE_ELEMENTS = 2**19
+
+T = TypeVar("T")
+
+
+def summed(before: T, batch: T) -> T:
+    """The state of both, where all that a state holds are sums over the batches."""
+    return jax.tree.map(jnp.add, before, batch)
 
 
 def nonempty(batches: Iterable[jax.Array]) -> Iterable[jax.Array]:

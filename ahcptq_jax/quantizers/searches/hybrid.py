@@ -13,7 +13,7 @@ import numpy as np
 from ahcptq_jax.quantizers import Hybrid
 from ahcptq_jax.quantizers.base import check_bits
 from ahcptq_jax.quantizers.searches.batches import no_batches, nonempty
-from ahcptq_jax.quantizers.searches.ranges import RangeState, range_init, range_update
+from ahcptq_jax.quantizers.searches.ranges import RangeState, extremes_of, range_init, range_merge
 
 # The paper's candidates.
 RANGE_RATES = (0.1, 0.3, 0.5)
@@ -102,7 +102,28 @@ def hybrid_update(
 
     Source: official ``HybridParamObserver``.
     """
-    extremes = range_update(state.range, x)
+    batch = hybrid_of_batch(state.range, x, weight, candidates, bits, reach_maximum, picked)
+    return hybrid_merge(state, batch)
+
+
+def hybrid_merge(before: HybridState, batch: HybridState) -> HybridState:
+    """The state of both."""
+    return HybridState(before.loss_sum + batch.loss_sum, range_merge(before.range, batch.range))
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "reach_maximum"))
+def hybrid_of_batch(
+    before: RangeState,
+    x: jax.Array,
+    weight: jax.Array,
+    candidates: jax.Array,
+    bits: int,
+    reach_maximum: bool = False,
+    picked: jax.Array | None = None,
+) -> HybridState:
+    """The state of one batch alone, after batches with the mean extremes `before`; see `hybrid_update`."""
+    own = extremes_of(x)
+    extremes = range_merge(before, own)
     rows = jnp.asarray(x, jnp.float32).reshape(-1, x.shape[-1])
     rows = rows if picked is None else rows[picked]
     minimum = extremes.minimum
@@ -115,7 +136,7 @@ def hybrid_update(
         return jnp.mean(jnp.square(jnp.matmul(error, weight, precision=jax.lax.Precision.HIGHEST)))
 
     losses = jax.lax.map(loss, jnp.asarray(candidates, jnp.float32))
-    return HybridState(state.loss_sum + losses, extremes)
+    return HybridState(losses, own)
 
 
 def hybrid_finalize(state: HybridState, candidates: np.ndarray, bits: int, reach_maximum: bool = False) -> HybridSearch:

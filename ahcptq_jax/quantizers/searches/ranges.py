@@ -54,9 +54,14 @@ def range_update(state: RangeState, x: jax.Array) -> RangeState:
 
     Source: official ``AvgMinMaxObserver`` and ``AvgMinMaxGroupObserver``.
     """
+    return range_merge(state, extremes_of(x, state.minimum.ndim))
+
+
+def extremes_of(x: jax.Array, axes: int = 0) -> RangeState:
+    """The state of one batch alone, per channel where `axes` is 1, else 0."""
     x = jnp.asarray(x, jnp.float32)
-    axes = tuple(range(x.ndim - state.minimum.ndim))
-    return _range_add(state, jnp.min(x, axis=axes), jnp.max(x, axis=axes))
+    over = tuple(range(x.ndim - axes))
+    return RangeState(jnp.min(x, axis=over), jnp.max(x, axis=over), jnp.float32(1))
 
 
 def search_range(batches: Iterable[jax.Array], bits: int, per_channel: bool = False) -> Uniform:
@@ -77,13 +82,13 @@ def search_range(batches: Iterable[jax.Array], bits: int, per_channel: bool = Fa
     return state.quantizer(bits)
 
 
-def _range_add(state: RangeState, minimum: jax.Array, maximum: jax.Array) -> RangeState:
+def range_merge(before: RangeState, batch: RangeState) -> RangeState:
     """The official running mean, whose value after each batch also serves the hybrid search."""
-    count = state.batches
+    count = before.batches + batch.batches
     return RangeState(
-        (state.minimum * count + minimum) / (count + 1),
-        (state.maximum * count + maximum) / (count + 1),
-        count + 1,
+        (before.minimum * before.batches + batch.minimum * batch.batches) / count,
+        (before.maximum * before.batches + batch.maximum * batch.batches) / count,
+        count,
     )
 
 
@@ -124,7 +129,8 @@ def uniform_mse_update(state: RangeState, x: jax.Array, bits: int) -> RangeState
     near = jnp.maximum(span + width / RANGE_STEPS * jnp.linspace(-1.0, 1.0, _FINE_SPANS), width / RANGE_STEPS / 2)
     span, zero_point = best(losses, near, jnp.clip(zero_point + jnp.arange(-1.0, 2.0), 0.0, highest))
     minimum = -zero_point * span / highest
-    return _range_add(state, jnp.maximum(minimum, jnp.minimum(low, 0.0)), jnp.minimum(minimum + span, high))
+    low, high = jnp.maximum(minimum, jnp.minimum(low, 0.0)), jnp.minimum(minimum + span, high)
+    return range_merge(state, RangeState(low, high, jnp.float32(1)))
 
 
 def _histogram(values: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -196,7 +196,9 @@ def program(rule: SiteRule, config: QuantConfig) -> str:
     state = init_statistics(rule, shape, config)
 
     def update(state: Any, captured: Any, params: Any, key: Any) -> Any:
-        return update_statistics(state, rule, captured, params, key, config, architecture_named("sam_vit"))
+        return update_statistics(
+            {rule.path: state}, [rule], captured, params, key, config, architecture_named("sam_vit")
+        )
 
     closed = jax.make_jaxpr(update)(state, captured, params, jax.random.key(0))
     return f"{jax.tree.structure(state)} {closed.jaxpr} {[np.asarray(c).tolist() for c in closed.consts]}"
