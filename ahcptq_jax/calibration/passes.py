@@ -187,7 +187,7 @@ def observe_encoder(
         for rule in sites[stage.key]:
             rules.append(rule._replace(path=stage.prefix + rule.path))
             states[rules[-1].path] = statistics[stage.key][rule.path]
-    return finalize(states, rules, recipe.config), embeddings
+    return finalize(states, rules, recipe.config, recipe.grid_bits), embeddings
 
 
 def _discover_stages(
@@ -237,7 +237,7 @@ def observe_decoder(
                 # Transforms change the parameters, and the encoder's pass the last bits of the embeddings.
                 whole = ("decoder", saved_state.fingerprint(decoder, embeddings), observer)
                 if (known := cache.passes.get(whole)) is not None:
-                    return finalize(known.statistics, sites, recipe.config)
+                    return finalize(known.statistics, sites, recipe.config, recipe.grid_bits)
         key = jax.random.fold_in(jax.random.key(recipe.config.seed + 1), index)
         rules, settings = observer
         _, statistics = observe(
@@ -245,4 +245,4 @@ def observe_decoder(
         )
     if cache is not None:
         cache.passes[whole] = Observed(statistics, [])
-    return finalize(statistics, sites, recipe.config)
+    return finalize(statistics, sites, recipe.config, recipe.grid_bits)

@@ -18,9 +18,7 @@ ALPHAS = (0.001, 0.1, 1.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0)
 _BITS_COMPARED = 5
 
 
-def log_nonlinear_values(
-    x: jax.Array, alpha: jax.Array, scale: jax.Array, bits: int, grid_bits: int = 0
-) -> jax.Array:
+def log_nonlinear_values(x: jax.Array, alpha: jax.Array, scale: jax.Array, bits: int, grid_bits: int = 0) -> jax.Array:
     """``(exp(q/L * ln(1+alpha*s)) - 1) / alpha`` with ``q = round(L * ln(1+alpha*x) / ln(1+alpha*s))``, L = 2^bits - 1.
 
     The formula itself, for searches; `LogNonlinear` rounds by thresholds and agrees with it but for ties.
