@@ -89,8 +89,8 @@ def quantize(
         calibrated = calibrate(sam, params, images, config, progress=progress, state_dir=folder, cache=cache)
         return calibrated.quantized.with_rounded_remainder() if remainder == "fp16" else calibrated.quantized
     # Channels stay on their own and quantizers off the grid in the calibration; they are grouped, and put on it, while
-    # they are learned.
-    start = dataclasses.replace(config, groups=0, grid_bits=0)
+    # they are learned. Its searches see the grid: AGQ's scale is learned, its levels an octave are not.
+    start = dataclasses.replace(config, groups=0)
     calibrated = _calibrated(sam, params, images, start, folder, progress, cache)
     finished = reconstruct(
         sam,
@@ -240,11 +240,12 @@ def _calibrated(
 ) -> Calibrated:
     """The calibration, which is read from the state folder if a run with the same arguments has left it there."""
     if folder is None:
-        return calibrate(sam, params, images, config, progress=progress, cache=cache)
+        return calibrate(sam, params, images, config, progress=progress, cache=cache, off_grid=True)
     identity = _identity(sam, params, images, config)
     found = _load_calibrated(folder, identity, params)
     if found is None:
-        found = calibrate(sam, params, images, config, progress=progress, state_dir=folder / "calibration", cache=cache)
+        state = folder / "calibration"
+        found = calibrate(sam, params, images, config, progress=progress, state_dir=state, cache=cache, off_grid=True)
         _save_calibrated(folder, identity, params, found)
     return found
 

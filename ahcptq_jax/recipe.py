@@ -41,11 +41,18 @@ class Recipe:
         rules: the first that says something about a site decides.
         config: widths where no rule gives one; settings of the searches.
         transforms: names of the transforms that rewrite the parameters first, in order; see the package `transforms`.
+        off_grid: whether quantizers stay off the grid, whose bits the searches are told nevertheless.
     """
 
     rules: tuple[Rule, ...]
     config: QuantConfig
     transforms: tuple[str, ...] = ()
+    off_grid: bool = False
+
+    @property
+    def grid_bits(self) -> int:
+        """Bits of the grid that quantizers are put on; 0 for none."""
+        return 0 if self.off_grid else self.config.grid_bits
 
     def at(self, path: str) -> Choice | None:
         """The choice for the site of this path; None if it stays in floating point."""

@@ -55,6 +55,7 @@ def calibrate(
     progress: bool = False,
     state_dir: str | Path | None = None,
     cache: StatisticsCache | None = None,
+    off_grid: bool = False,
 ) -> Calibrated:
     """Quantizes a model by what its sites see on the images.
 
@@ -68,6 +69,8 @@ def calibrate(
             same arguments, which ends with the same result.
         cache: passes of earlier runs over the same images and weights that they quantized, to which those of this run
             are added; the result is the same without it.
+        off_grid: leaves the quantizers off the grid, whose bits the searches are told nevertheless; for a
+            reconstruction, which puts them on it while it learns.
 
     Raises:
         InputError: if a parameter is not finite, no rule matches the model, or a transform is unknown.
@@ -75,7 +78,7 @@ def calibrate(
     """
     check_finite(params)
     architecture = architecture_of(sam)
-    recipe = recipe_of(architecture, config)
+    recipe = dataclasses.replace(recipe_of(architecture, config), off_grid=off_grid)
     check_recipe(recipe, architecture.sites(sam))
     for name in recipe.transforms:
         transform_named(name)  # an unknown one is told before the first pass
@@ -200,7 +203,8 @@ class _Calibration:
             self.cache or StatisticsCache(),
             lambda layers: self.bar(layers, "quantize weights"),
         )
-        return Quantized(remainder, weights, activations, self.sam, self.recipe.config)
+        config = dataclasses.replace(self.recipe.config, grid_bits=self.recipe.grid_bits)
+        return Quantized(remainder, weights, activations, self.sam, config)
 
     def moments(self, params: Params, quantized: Quantized) -> Iterator[tuple[str, Moments]]:
         """See `Context.moments`."""

@@ -319,7 +319,7 @@ def observe_encoder(
         for rule in sites[stage.key]:
             rules.append(rule._replace(path=stage.prefix + rule.path))
             states[rules[-1].path] = statistics[stage.key][rule.path]
-    return finalize(states, rules, recipe.config), found
+    return finalize(states, rules, recipe.config, recipe.grid_bits), found
 
 
 def _discover_stages(
@@ -374,7 +374,7 @@ def observe_decoder(
                 # Transforms change the parameters, and the encoder's pass the last bits of the embeddings.
                 whole = ("decoder", saved_state.fingerprint(decoder, embeddings), relevant_here)
                 if (known := cache.passes.get(whole)) is not None:
-                    return finalize(known.statistics, sites, recipe.config)
+                    return finalize(known.statistics, sites, recipe.config, recipe.grid_bits)
             statistics = observer.everywhere(statistics)
         bounds = (start, start, min(start + observer.width, count))
         embedding, boxes = observer.inputs(start, {i: (held(i), np.asarray(b)) for i, b in members.items()})
@@ -383,4 +383,4 @@ def observe_decoder(
         statistics = devices.on_host(statistics)
     if cache is not None:
         cache.passes[whole] = Observed(statistics, [])
-    return finalize(statistics, sites, recipe.config)
+    return finalize(statistics, sites, recipe.config, recipe.grid_bits)

@@ -195,6 +195,6 @@ def clip_by_focus(
         bits = tuple(8 if choice is None else choice.a_bits for choice in recipes)
         for site, choice, quantizer in zip(sites, recipes, search_ranges(architecture, attention, bits), strict=True):
             if choice is not None:
-                kind, grid_bits = kind_of(quantizer), recipe.config.grid_bits
+                kind, grid_bits = kind_of(quantizer), recipe.grid_bits
                 found[site] = kind.on_grid(quantizer, grid_bits) if grid_bits else quantizer
     return found

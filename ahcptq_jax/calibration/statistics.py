@@ -173,8 +173,10 @@ def _observation(
     return Observation(key, activations=captured[rule.path], kernel=kernel)
 
 
-def finalize(statistics: Mapping[str, Any], rules: Iterable[SiteRule], settings: QuantConfig) -> dict[str, Quantizer]:
-    """Statistics by site -> quantizers by site, on the integer grid if the settings say so.
+def finalize(
+    statistics: Mapping[str, Any], rules: Iterable[SiteRule], settings: QuantConfig, grid_bits: int
+) -> dict[str, Quantizer]:
+    """Statistics by site -> quantizers by site, on the integer grid of so many bits; 0 leaves them off it.
 
     All sites of a kind and width are finished in one call.
     """
@@ -184,7 +186,7 @@ def finalize(statistics: Mapping[str, Any], rules: Iterable[SiteRule], settings:
     quantizers: dict[str, Quantizer] = {}
     for (kind, bits), states in together.items():
         found = kind_named(kind).statistic.finalize(states, bits, settings)
-        if settings.grid_bits:
-            found = {path: kind_named(kind).on_grid(q, settings.grid_bits) for path, q in found.items()}
+        if grid_bits:
+            found = {path: kind_named(kind).on_grid(q, grid_bits) for path, q in found.items()}
         quantizers |= found
     return quantizers

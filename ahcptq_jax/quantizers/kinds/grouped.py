@@ -24,6 +24,7 @@ from ahcptq_jax.quantizers.kinds.registry import (
     evenly_spaced,
 )
 from ahcptq_jax.quantizers.searches import grouping, ranges
+from ahcptq_jax.quantizers.searches.batches import summed
 from ahcptq_jax.quantizers.uniform import Uniform
 
 # Group scales are 1 to so many times the step: a multiplication that an accelerator does in a few adds.
@@ -152,7 +153,7 @@ KIND = Kind(
     quantizer=Grouped,
     fields=("scale", "zero_point"),
     channel_fields=("groups",),
-    statistic=Statistic(_init, _of_batch, ranges.range_merge, _finalize, lambda settings, attention: ()),
+    statistic=Statistic(_init, _of_batch, summed, _finalize, lambda settings, attention: ()),
     learned=("scale",),
     on_grid=on_grid,
     levels=levels,

@@ -21,7 +21,7 @@ from ahcptq_jax.quantizers.base import Quantizer, negative_power_of_two
 from ahcptq_jax.quantizers.hybrid import Hybrid
 from ahcptq_jax.quantizers.kinds.registry import GRID_BITS, Kind, Levels, Observation, Statistic, scalar
 from ahcptq_jax.quantizers.searches import hybrid as searches
-from ahcptq_jax.quantizers.searches.batches import draw_rows
+from ahcptq_jax.quantizers.searches.batches import draw_rows, summed
 from ahcptq_jax.quantizers.searches.ranges import extremes_of
 
 # Of `hluq_fine`.
@@ -149,7 +149,7 @@ KIND = Kind(
     statistic=Statistic(
         _init,
         _of_batch,
-        searches.hybrid_merge,
+        summed,
         _finalize,
         lambda settings, attention: ("bits", "hluq_fine", "hluq_reach_maximum", "hluq_rows"),
         _outline,

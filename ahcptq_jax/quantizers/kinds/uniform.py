@@ -32,10 +32,6 @@ def _of_batch(before: Any, observed: Observation, bits: int, settings: QuantConf
     return ranges.extremes_of(x)
 
 
-def _merge(before: Any, batch: Any) -> Any:
-    return ranges.range_merge(before, batch) if isinstance(batch, ranges.RangeState) else summed(before, batch)
-
-
 def _finalize(states: Mapping[str, Any], bits: int, settings: QuantConfig) -> dict[str, Quantizer]:
     if settings.act_range == "percentile":
         return {path: percentile.percentile_finalize(state, bits) for path, state in states.items()}
@@ -72,7 +68,7 @@ KIND = Kind(
     name="uniform",
     quantizer=Uniform,
     fields=("scale", "zero_point"),
-    statistic=Statistic(_init, _of_batch, _merge, _finalize, _depends_on),
+    statistic=Statistic(_init, _of_batch, summed, _finalize, _depends_on),
     learned=("scale",),
     on_grid=on_grid,
     levels=levels,

@@ -16,7 +16,11 @@ T = TypeVar("T")
 
 
 def summed(before: T, batch: T) -> T:
-    """The state of both, where all that a state holds are sums over the batches."""
+    """The state of both, where all that a state holds are sums over the batches.
+
+    Sums, and no running means: a product before a sum may or may not be fused with it, and then differs in the last bit
+    between a program for one device and one for several.
+    """
     return jax.tree.map(jnp.add, before, batch)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from ahcptq_jax.quantizers import Hybrid
 from ahcptq_jax.quantizers.base import check_bits
-from ahcptq_jax.quantizers.searches.batches import no_batches, nonempty
-from ahcptq_jax.quantizers.searches.ranges import RangeState, extremes_of, range_init, range_merge
+from ahcptq_jax.quantizers.searches.batches import no_batches, nonempty, summed
+from ahcptq_jax.quantizers.searches.ranges import RangeState, extremes_of, range_init
 
 # The paper's candidates.
 RANGE_RATES = (0.1, 0.3, 0.5)
@@ -45,7 +45,7 @@ class HybridState(NamedTuple):
 
     Attributes:
         loss_sum: ``(N,)`` sum over batches of each candidate's loss.
-        range: running mean of the extremes.
+        range: sums of the extremes.
     """
 
     loss_sum: jax.Array
@@ -103,12 +103,7 @@ def hybrid_update(
     Source: official ``HybridParamObserver``.
     """
     batch = hybrid_of_batch(state.range, x, weight, candidates, bits, reach_maximum, picked)
-    return hybrid_merge(state, batch)
-
-
-def hybrid_merge(before: HybridState, batch: HybridState) -> HybridState:
-    """The state of both."""
-    return HybridState(before.loss_sum + batch.loss_sum, range_merge(before.range, batch.range))
+    return summed(state, batch)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "reach_maximum"))
@@ -121,9 +116,9 @@ def hybrid_of_batch(
     reach_maximum: bool = False,
     picked: jax.Array | None = None,
 ) -> HybridState:
-    """The state of one batch alone, after batches with the mean extremes `before`; see `hybrid_update`."""
+    """The state of one batch alone, after batches with the extremes `before`; see `hybrid_update`."""
     own = extremes_of(x)
-    extremes = range_merge(before, own)
+    extremes = summed(before, own)
     rows = jnp.asarray(x, jnp.float32).reshape(-1, x.shape[-1])
     rows = rows if picked is None else rows[picked]
     minimum = extremes.minimum

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ahcptq_jax.quantizers import Uniform
 from ahcptq_jax.quantizers.base import check_bits
-from ahcptq_jax.quantizers.searches.batches import no_batches, nonempty
+from ahcptq_jax.quantizers.searches.batches import no_batches, nonempty, summed
 from ahcptq_jax.quantizers.searches.loss import loss_power, loss_sums, pad_rows
 
 # Ranges tried, evenly spaced up to that of the values.
@@ -25,17 +25,27 @@ _Losses = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class RangeState(NamedTuple):
-    """Running means of the batches' extremes.
+    """Sums of the batches' extremes.
 
     Attributes:
-        minimum: scalar or ``(C,)``.
-        maximum: as ``minimum``.
+        low_sum: of the minima, scalar or ``(C,)``.
+        high_sum: of the maxima, as ``low_sum``.
         batches: batches seen.
     """
 
-    minimum: jax.Array
-    maximum: jax.Array
+    low_sum: jax.Array
+    high_sum: jax.Array
     batches: jax.Array
+
+    @property
+    def minimum(self) -> jax.Array:
+        """The mean of the minima."""
+        return self.low_sum / self.batches
+
+    @property
+    def maximum(self) -> jax.Array:
+        """The mean of the maxima."""
+        return self.high_sum / self.batches
 
     def quantizer(self, bits: int) -> Uniform:
         """The uniform quantizer of the mean range."""
@@ -52,9 +62,9 @@ def range_init(channels: int | None = None) -> RangeState:
 def range_update(state: RangeState, x: jax.Array) -> RangeState:
     """Adds a batch (any shape; channels last if the state is per channel).
 
-    Source: official ``AvgMinMaxObserver`` and ``AvgMinMaxGroupObserver``.
+    Source: official ``AvgMinMaxObserver`` and ``AvgMinMaxGroupObserver``, which keep the running mean.
     """
-    return range_merge(state, extremes_of(x, state.minimum.ndim))
+    return summed(state, extremes_of(x, state.low_sum.ndim))
 
 
 def extremes_of(x: jax.Array, axes: int = 0) -> RangeState:
@@ -80,16 +90,6 @@ def search_range(batches: Iterable[jax.Array], bits: int, per_channel: bool = Fa
     if state is None:
         raise no_batches()
     return state.quantizer(bits)
-
-
-def range_merge(before: RangeState, batch: RangeState) -> RangeState:
-    """The official running mean, whose value after each batch also serves the hybrid search."""
-    count = before.batches + batch.batches
-    return RangeState(
-        (before.minimum * before.batches + batch.minimum * batch.batches) / count,
-        (before.maximum * before.batches + batch.maximum * batch.batches) / count,
-        count,
-    )
 
 
 @functools.partial(jax.jit, static_argnames="bits")
@@ -130,7 +130,7 @@ def uniform_mse_update(state: RangeState, x: jax.Array, bits: int) -> RangeState
     span, zero_point = best(losses, near, jnp.clip(zero_point + jnp.arange(-1.0, 2.0), 0.0, highest))
     minimum = -zero_point * span / highest
     low, high = jnp.maximum(minimum, jnp.minimum(low, 0.0)), jnp.minimum(minimum + span, high)
-    return range_merge(state, RangeState(low, high, jnp.float32(1)))
+    return summed(state, RangeState(low, high, jnp.float32(1)))
 
 
 def _histogram(values: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
