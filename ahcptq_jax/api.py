@@ -21,6 +21,7 @@ from ahcptq_jax.formats import artefact
 from ahcptq_jax.mixed import choose_widths, parse_budget
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.run import UnitReport, reconstruct
+from ahcptq_jax.reconstruction.together import mesh_of
 from ahcptq_jax.rules import Rule
 from ahcptq_jax.runtime.quantized import Quantized
 from sam_flax.errors import InputError
@@ -74,6 +75,8 @@ def quantize(
     """
     config = _configuration(config)
     _check_reconstruction(reconstruction)
+    if reconstruction is not None:
+        mesh_of(reconstruction.batch)
     if config.budget:
         parse_budget(config.budget)
     if remainder not in ("fp16", "fp32"):
@@ -213,14 +216,14 @@ def _widths(
     identity = ""
     if folder is not None:
         identity = _identity(sam, params, images, config)
-        saved = saved_state.load(folder / _WIDTHS, identity)
+        saved = saved_state.load_by_all(folder / _WIDTHS, identity)
         if saved is not None:
             return tuple(Rule(**rule) for rule in json.loads(saved["rules"].tobytes()))
     rules = choose_widths(sam, params, images, config, progress)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps([dataclasses.asdict(rule) for rule in rules])
-        saved_state.save(folder / _WIDTHS, identity, {"rules": np.frombuffer(text.encode(), np.uint8)})
+        saved_state.save_for_all(folder / _WIDTHS, identity, {"rules": np.frombuffer(text.encode(), np.uint8)})
     return rules
 
 
@@ -259,7 +262,7 @@ def _save_calibrated(folder: Path, identity: str, params: Params, calibrated: Ca
         content = np.frombuffer(file.read_bytes(), np.uint8)
     kept = {f"params/{path}": value for path, value in _changed(params, calibrated.params).items()}
     kept |= {f"original/{path}": value for path, value in _changed(calibrated.params, calibrated.original).items()}
-    saved_state.save(folder / _CALIBRATED, identity, {"artefact": content, **kept})
+    saved_state.save_for_all(folder / _CALIBRATED, identity, {"artefact": content, **kept})
 
 
 def _changed(before: Params, after: Params) -> dict[str, np.ndarray]:
@@ -274,7 +277,7 @@ def _changed(before: Params, after: Params) -> dict[str, np.ndarray]:
 
 def _load_calibrated(folder: Path, identity: str, params: Params) -> Calibrated | None:
     path = folder / _CALIBRATED
-    arrays = saved_state.load(path, identity)
+    arrays = saved_state.load_by_all(path, identity)
     if arrays is None:
         return None
     flat = flatten(params)

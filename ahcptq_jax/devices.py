@@ -26,6 +26,11 @@ def row(count: int | None = None) -> Mesh:
     return Mesh(np.array(jax.devices()[:count]), (AXIS,))
 
 
+def count() -> int:
+    """The number of devices of all processes."""
+    return jax.device_count()
+
+
 def own_places(mesh: Mesh) -> list[int]:
     """The places in the row of this process's devices."""
     return [place for place, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]

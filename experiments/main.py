@@ -34,14 +34,12 @@ def _command() -> int:
     found = flags.FLAGS
     options = Options(**values(Options))
     devices.connect(found.coordinator, found.num_processes, found.process_id)
-    if helper := jax.process_index():
-        # All processes do all but the evaluation, whose images they share; process 0 alone leaves files.
-        options = dataclasses.replace(options, out=str(Path(options.out) / f"process_{helper}"))
+    options = dataclasses.replace(options, out=str(devices.folder(Path(options.out))))
     if found.dry_run:
         print(dry_run(options, found.verbosity))
         return 0
     results = run(options, verbosity=found.verbosity)
-    if helper:
+    if jax.process_index():
         shutil.rmtree(options.out)
         return 0
     print(summary(results))

@@ -6,6 +6,7 @@ devices, of one process or many, each runs a stage on an image of its own, and w
 merged in their order: the result is that of one device.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -14,25 +15,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32, PRNGKeyArray
+from jaxtyping import Float32
 
 from ahcptq_jax import devices
 from ahcptq_jax.architectures import Architecture, architecture_of
 from ahcptq_jax.architectures.base import Operation
 from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
+from ahcptq_jax.calibration import cache as caching
 from ahcptq_jax.calibration import saved_state
-from ahcptq_jax.calibration.cache import Observed, StatisticsCache
+from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.calibration.saved_statistics import SavedStatistics
 from ahcptq_jax.calibration.statistics import (
     SiteRule,
-    Together,
+    batch_statistics,
     finalize,
     init_statistics,
+    merged,
+    outlines,
     relevant,
-    update_statistics,
+    seen_by,
 )
 from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.devices import AXIS, BY_IMAGE, EVERYWHERE, spread
 from ahcptq_jax.quantizers import Quantizer
+from ahcptq_jax.quantizers.kinds import kind_named
 from ahcptq_jax.recipe import Recipe
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params
@@ -44,88 +50,179 @@ Sites = tuple[SiteRule, ...]
 T = TypeVar("T")
 
 
-def _observed(
-    run: Run,
-    params: Params,
-    statistics: dict[str, Any],
-    inputs: tuple[Any, ...],
-    key: PRNGKeyArray,
-    sites: Sites,
-    config: QuantConfig,
-    architecture: Architecture,
-    together: Together | None = None,
-) -> tuple[Any, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """The sites of a part of the model and how they are looked at. Hashable: a static argument of `jax.jit`.
+
+    Attributes:
+        sites: their rules, as far as their statistics depend on them.
+        settings: likewise the settings; see `statistics.relevant`.
+        architecture: the model's.
+    """
+
+    sites: Sites
+    settings: QuantConfig
+    architecture: Architecture
+
+    @property
+    def with_outlines(self) -> bool:
+        return any(kind_named(rule.kind).statistic.outline is not None for rule in self.sites)
+
+
+# A pass over one batch is three programs: the model, what the batch alone tells, and the sum. Devices that look at
+# batches at once run the same first two, which exchange nothing, and therefore find the same bits: in one program the
+# exchange would decide how XLA fuses what comes before it.
+
+
+def _capture(run: Run, params: Params, inputs: tuple[Any, ...], sites: Sites) -> tuple[Any, dict[str, Any]]:
+    wanted = set(seen_by(sites))
     captured: dict[str, Any] = {}
 
     def capture(path: str, value: Any) -> Any:
         # The attention map may be inside a loop and is rebuilt from its operands where needed.
-        if not path.endswith("/softmax"):
+        if path in wanted:
             captured[path] = value
         return value
 
     with intercept_sites(capture):
-        output = run(params, *inputs)
-    return output, update_statistics(statistics, sites, captured, params, key, config, architecture, together)
+        return run(params, *inputs), captured
 
 
-@partial(jax.jit, static_argnames=("run", "sites", "config", "architecture"))
+@partial(jax.jit, static_argnames=("run", "sites", "mesh"))
 @in_float32
-def observe(
-    run: Run,
-    params: Params,
-    statistics: dict[str, Any],
-    inputs: tuple[Any, ...],
-    key: PRNGKeyArray,
-    *,
-    sites: Sites,
-    config: QuantConfig,
-    architecture: Architecture,
+def run_captured(
+    run: Run, params: Params, inputs: tuple[Any, ...], *, sites: Sites, mesh: Mesh | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """Runs a part of the model on one batch and adds its activations to the statistics of `sites`.
+    """Runs a part of the model on one batch, or on one on every device of a mesh.
 
     Returns:
-        The part's output, and the statistics with the batch.
+        The part's output, and what the statistics of `sites` look at, by path; of all devices one after the other.
     """
-    return _observed(run, params, statistics, inputs, key, sites, config, architecture)
+    if mesh is None:
+        return _capture(run, params, inputs, sites)
+
+    def of_device(params: Params, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+        return _capture(run, params, inputs, sites)
+
+    return spread(of_device, mesh, (EVERYWHERE, BY_IMAGE), BY_IMAGE)(params, inputs)
 
 
-@partial(jax.jit, static_argnames=("run", "sites", "config", "architecture", "mesh"))
+@partial(jax.jit, static_argnames=("observed", "mesh"))
 @in_float32
-def observe_together(
-    run: Run,
+def look(
+    before: dict[str, Any],
+    captured: dict[str, Any],
     params: Params,
-    statistics: dict[str, Any],
-    inputs: tuple[Any, ...],
     seed: jax.Array,
-    bounds: tuple[jax.Array, jax.Array, jax.Array],
+    start: jax.Array,
     *,
-    sites: Sites,
-    config: QuantConfig,
-    architecture: Architecture,
-    mesh: Mesh,
-) -> tuple[Any, dict[str, Any]]:
-    """`observe` of as many batches as the row has devices, each on its own.
+    observed: Observed,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """The statistics of one batch alone, or of each of the batches of a mesh, stacked.
 
     Args:
-        inputs: the batches of all devices, one after the other.
-        seed: of the key from which each image derives its own.
-        bounds: the number of the image at the first place of the row, and those from which and before which images
-            count.
-
-    Returns:
-        The outputs of all, and the statistics with all that count, which every device has.
+        before: the states before the batch; for a mesh stacked, those before each device's, of sites with outlines.
+        captured: of `run_captured`.
+        seed: of the key from which each batch derives its own by its number.
+        start: the number of the batch, or of the one at the first place of the mesh.
     """
 
-    def of_device(params: Params, statistics: Any, inputs: Any, seed: Any, bounds: Any) -> tuple[Any, Any]:
-        start, first, last = bounds
-        place = jax.lax.axis_index(devices.AXIS)
-        key = jax.random.fold_in(jax.random.key(seed), start + place)
-        together = Together(mesh.size, place, first - start, last - start)
-        return _observed(run, params, statistics, inputs, key, sites, config, architecture, together)
+    def alone(before: Any, captured: Any, params: Params, seed: jax.Array, number: jax.Array) -> dict[str, Any]:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        rules, settings, architecture = observed.sites, observed.settings, observed.architecture
+        return batch_statistics(before, rules, captured, params, key, settings, architecture)
 
-    everywhere, by_image = devices.EVERYWHERE, devices.BY_IMAGE
-    inputs_of = (everywhere, everywhere, by_image, everywhere, everywhere)
-    return devices.spread(of_device, mesh, inputs_of, (by_image, everywhere))(params, statistics, inputs, seed, bounds)
+    if mesh is None:
+        return alone(before, captured, params, seed, start)
+
+    def of_device(before: Any, captured: Any, params: Params, seed: jax.Array, start: jax.Array) -> dict[str, Any]:
+        place = jax.lax.axis_index(AXIS)
+        return _stacked(alone(_first(before), captured, params, seed, start + place))
+
+    shares = (BY_IMAGE, BY_IMAGE, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+    return spread(of_device, mesh, shares, BY_IMAGE)(before, captured, params, seed, start)
+
+
+@partial(jax.jit, static_argnames=("observed",))
+def add(statistics: dict[str, Any], batch: dict[str, Any], *, observed: Observed) -> dict[str, Any]:
+    """The statistics with one more batch."""
+    return merged(observed.sites, statistics, batch)
+
+
+@partial(jax.jit, static_argnames=("observed", "mesh"))
+def add_all(
+    statistics: dict[str, Any],
+    batches: dict[str, Any],
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    observed: Observed,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """The statistics with the batches of the places `first` to `last - 1` of a mesh, in order, on every device."""
+
+    def of_device(statistics: Any, batch: Any, first: jax.Array, last: jax.Array) -> dict[str, Any]:
+        return _added(statistics, _everyones(batch), first, last, observed, mesh)
+
+    shares = (EVERYWHERE, BY_IMAGE, EVERYWHERE, EVERYWHERE)
+    return spread(of_device, mesh, shares, EVERYWHERE)(statistics, batches, first, last)
+
+
+@partial(jax.jit, static_argnames=("observed", "mesh"))
+def look_ahead(
+    statistics: dict[str, Any],
+    captured: dict[str, Any],
+    params: Params,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    observed: Observed,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """The states before each device's batch, stacked, as far as outlines tell them; arguments as in `add_all`."""
+
+    def of_device(statistics: Any, captured: Any, params: Params, first: jax.Array, last: jax.Array) -> dict[str, Any]:
+        own = outlines(statistics, observed.sites, captured, params, observed.architecture)
+        until = jnp.minimum(last, jax.lax.axis_index(AXIS))
+        return _stacked(_added(statistics, _everyones(_stacked(own)), first, until, observed, mesh))
+
+    shares = (EVERYWHERE, BY_IMAGE, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+    return spread(of_device, mesh, shares, BY_IMAGE)(statistics, captured, params, first, last)
+
+
+def _added(
+    statistics: dict[str, Any], batches: Any, first: jax.Array, last: jax.Array, observed: Observed, mesh: Mesh
+) -> dict[str, Any]:
+    states = {path: statistics[path] for path in batches}
+
+    def step(place: jax.Array, states: dict[str, Any]) -> dict[str, Any]:
+        more = merged(observed.sites, states, jax.tree.map(lambda leaf: leaf[place], batches))
+        counts = (first <= place) & (place < last)
+        return jax.tree.map(lambda new, old: jnp.where(counts, new, old), more, states)
+
+    return jax.lax.fori_loop(0, mesh.size, step, states)
+
+
+def _stacked(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _everyones(batch: Any) -> Any:
+    """The stacked states of all devices, from every device's own; one exchange for each type of number."""
+    leaves, structure = jax.tree.flatten(batch)
+    found: list[Any] = [None] * len(leaves)
+    for dtype in sorted({str(leaf.dtype) for leaf in leaves}):
+        of_type = [i for i, leaf in enumerate(leaves) if str(leaf.dtype) == dtype]
+        everyone = jax.lax.all_gather(jnp.concatenate([leaves[i].reshape(-1) for i in of_type]), AXIS)
+        ends = np.cumsum([leaves[i].size for i in of_type])[:-1]
+        for i, part in zip(of_type, jnp.split(everyone, ends, axis=1), strict=True):
+            found[i] = part.reshape(-1, *leaves[i].shape[1:])
+    return jax.tree.unflatten(structure, found)
 
 
 class _Observer:
@@ -138,7 +235,7 @@ class _Observer:
 
     def __init__(self, seed: int, architecture: Architecture) -> None:
         self.seed, self.architecture = seed, architecture
-        self.mesh = devices.row() if jax.device_count() > 1 else None
+        self.mesh = devices.row() if devices.count() > 1 else None
         self.width = 1 if self.mesh is None else self.mesh.size
         self.places = [0] if self.mesh is None else devices.own_places(self.mesh)
 
@@ -191,35 +288,36 @@ class _Observer:
         statistics: dict[str, Any],
         inputs: tuple[Any, ...],
         bounds: tuple[int, int, int],
-        observer: tuple[Sites, QuantConfig],
+        observed: Observed,
     ) -> tuple[Any, dict[str, Any]]:
-        """`observe` of a round; `bounds` are as in `observe_together`."""
-        sites, settings = observer
-        if self.mesh is None:
-            key = jax.random.fold_in(jax.random.key(self.seed), bounds[0])
-            return observe(
-                run, params, statistics, inputs, key, sites=sites, config=settings, architecture=self.architecture
-            )
-        return observe_together(
-            run,
-            params,
-            statistics,
-            inputs,
-            np.int32(self.seed),
-            tuple(map(np.int32, bounds)),
-            sites=sites,
-            config=settings,
-            architecture=self.architecture,
-            mesh=self.mesh,
-        )
+        """Runs a part of the model on the images of a round and adds what they tell to the statistics.
+
+        Args:
+            inputs: of all devices, one after the other.
+            bounds: the number of the round's first image, and those from which and before which images count.
+
+        Returns:
+            The part's output, and the statistics with the images that count.
+        """
+        start, mesh = bounds[0], self.mesh
+        output, captured = run_captured(run, params, inputs, sites=observed.sites, mesh=mesh)
+        numbers = np.int32(self.seed), np.int32(start)
+        if mesh is None:
+            batch = look(statistics, captured, params, *numbers, observed=observed)
+            return output, add(statistics, batch, observed=observed)
+        first, last = (np.int32(bound - start) for bound in bounds[1:])
+        before = {}
+        if observed.with_outlines:
+            before = look_ahead(statistics, captured, params, first, last, observed=observed, mesh=mesh)
+        batches = look(before, captured, params, *numbers, observed=observed, mesh=mesh)
+        return output, add_all(statistics, batches, first, last, observed=observed, mesh=mesh)
 
 
 @partial(jax.jit, static_argnames=("architecture", "sam", "mesh"))
 @in_float32
 def _embedded(architecture: Architecture, sam: Any, params: Params, canvases: jax.Array, mesh: Mesh) -> Any:
     """What `Architecture.embed` makes of an image on every device."""
-    everywhere, by_image = devices.EVERYWHERE, devices.BY_IMAGE
-    return devices.spread(partial(architecture.embed, sam), mesh, (everywhere, by_image), by_image)(params, canvases)
+    return spread(partial(architecture.embed, sam), mesh, (EVERYWHERE, BY_IMAGE), BY_IMAGE)(params, canvases)
 
 
 def discover(
@@ -273,7 +371,7 @@ def observe_encoder(
     own = {stage.key: unflatten(below(stage.prefix, flat)) for stage in graph.stages}
     sites, statistics, shape = _discover_stages(sam, params, own, recipe)
     # What observes a stage: the part of its rules and settings that its statistics depend on.
-    observers = {stage: relevant(of_stage, recipe.config) for stage, of_stage in sites.items()}
+    observers = {s: Observed(*relevant(of_stage, recipe.config), architecture) for s, of_stage in sites.items()}
     if jax.process_count() > 1:
         cache = None
     # The parameters are part of the key: a transform may have rewritten those that the cache was entered with.
@@ -312,7 +410,7 @@ def observe_encoder(
     else:
         found = [embeddings[index] for index in range(count)]
     if cache is not None:
-        cache.passes[whole] = Observed(statistics, list(found))
+        cache.passes[whole] = caching.Observed(statistics, list(found))
     states: dict[str, Any] = {}
     rules: list[SiteRule] = []
     for stage in graph.stages:
@@ -362,25 +460,25 @@ def observe_decoder(
     held = embeddings.held if isinstance(embeddings, devices.Dealt) else embeddings.__getitem__
     sites: Sites = ()
     statistics: dict[str, Any] = {}
-    relevant_here: tuple[Sites, QuantConfig] = ((), recipe.config)
+    observed = Observed((), recipe.config, architecture)
     whole: Any = ()
     decoder = observer.everywhere(decoder)
     for start, members in observer.rounds(prompts, 0):
         if not start:
             index, boxes = next(iter(members.items()))
             sites, statistics = discover(run, decoder, (held(index), None, jnp.asarray(boxes)), "", recipe)
-            relevant_here = relevant(sites, recipe.config)
+            observed = Observed(*relevant(sites, recipe.config), architecture)
             if cache is not None:
                 # Transforms change the parameters, and the encoder's pass the last bits of the embeddings.
-                whole = ("decoder", saved_state.fingerprint(decoder, embeddings), relevant_here)
+                whole = ("decoder", saved_state.fingerprint(decoder, embeddings), observed)
                 if (known := cache.passes.get(whole)) is not None:
                     return finalize(known.statistics, sites, recipe.config, recipe.grid_bits)
             statistics = observer.everywhere(statistics)
         bounds = (start, start, min(start + observer.width, count))
         embedding, boxes = observer.inputs(start, {i: (held(i), np.asarray(b)) for i, b in members.items()})
-        _, statistics = observer.observe(run, decoder, statistics, (embedding, None, boxes), bounds, relevant_here)
+        _, statistics = observer.observe(run, decoder, statistics, (embedding, None, boxes), bounds, observed)
     if observer.mesh is not None:
         statistics = devices.on_host(statistics)
     if cache is not None:
-        cache.passes[whole] = Observed(statistics, [])
+        cache.passes[whole] = caching.Observed(statistics, [])
     return finalize(statistics, sites, recipe.config, recipe.grid_bits)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import sam_flax
+from ahcptq_jax import devices
 from sam_flax.errors import InputError
 from sam_flax.files.writing import make_folder, whole_file
 
@@ -56,6 +57,19 @@ def save(path: Path, identity: str, arrays: Mapping[str, Any]) -> None:
     content: dict[str, Any] = {_FINGERPRINT: identity, **arrays}
     with whole_file(path) as file:
         np.savez(file, **content)
+
+
+def save_for_all(path: Path, identity: str, arrays: Mapping[str, Any]) -> None:
+    """Saves what all processes have in common, once; they see one folder."""
+    if devices.is_first():
+        save(path, identity, arrays)
+
+
+def load_by_all(path: Path, identity: str) -> dict[str, np.ndarray] | None:
+    """The arrays that `save_for_all` has saved; raises InputError, too, if some processes find them and some do not."""
+    arrays = load(path, identity)
+    devices.check_same(arrays is not None, f"Whether {path} is there")
+    return arrays
 
 
 def remove(path: Path) -> None:

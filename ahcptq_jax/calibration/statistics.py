@@ -6,14 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ahcptq_jax import devices
 from ahcptq_jax.architectures import Architecture
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Quantizer
-from ahcptq_jax.quantizers.kinds import Observation, Statistic, kind_named
+from ahcptq_jax.quantizers.kinds import Observation, kind_named
 from ahcptq_jax.quantizers.searches.batches import draw_rows
 from sam_flax.sam import Params
 
@@ -81,84 +79,61 @@ def init_statistics(rule: SiteRule, shape: tuple[int, ...], settings: QuantConfi
     return kind_named(rule.kind).statistic.init(shape, rule.bits, settings)
 
 
-class Together(NamedTuple):
-    """The images that the devices of a row look at in one round, as one of the devices sees it; traced.
-
-    Attributes:
-        size: the number of devices.
-        place: this one's in the row.
-        first, last: the places whose images count are `first` to `last - 1`; others are there to fill up.
-    """
-
-    size: int
-    place: jax.Array
-    first: jax.Array
-    last: jax.Array
-
-    def gathered(self, tree: Any) -> Any:
-        """Every leaf of all devices, stacked in their order; one exchange for each type of number."""
-        leaves, structure = jax.tree.flatten(tree)
-        found: list[Any] = [None] * len(leaves)
-        for dtype in sorted({str(leaf.dtype) for leaf in leaves}):
-            of_type = [i for i, leaf in enumerate(leaves) if str(leaf.dtype) == dtype]
-            everyone = jax.lax.all_gather(jnp.concatenate([leaves[i].reshape(-1) for i in of_type]), devices.AXIS)
-            ends = np.cumsum([leaves[i].size for i in of_type])[:-1]
-            for i, part in zip(of_type, jnp.split(everyone, ends, axis=1), strict=True):
-                found[i] = part.reshape(self.size, *leaves[i].shape)
-        return jax.tree.unflatten(structure, found)
-
-    def merged(self, statistic: Statistic, before: Any, batches: Any, end: jax.Array) -> Any:
-        """The state with the images that count before place `end`, in their order."""
-
-        def add(place: jax.Array, state: Any) -> Any:
-            more = statistic.merge(state, jax.tree.map(lambda leaf: leaf[place], batches))
-            counts = (self.first <= place) & (place < jnp.minimum(self.last, end))
-            return jax.tree.map(lambda new, old: jnp.where(counts, new, old), more, state)
-
-        return jax.lax.fori_loop(0, self.size, add, before)
+def seen_by(rules: Iterable[SiteRule]) -> tuple[str, ...]:
+    """The paths of the sites whose values statistics look at: of a softmax what it is made of."""
+    return tuple(r.path.removesuffix("softmax") + "operands" if r.is_attention else r.path for r in rules)
 
 
-def update_statistics(
+def outlines(
     states: Mapping[str, Any],
+    rules: Iterable[SiteRule],
+    captured: Mapping[str, Any],
+    params: Params,
+    architecture: Architecture,
+) -> dict[str, Any]:
+    """What of a batch the statistics of later ones look at, for the sites where they do; see `Statistic.outline`."""
+    found = {}
+    unused = jax.random.key(0)
+    for rule in rules:
+        outline = kind_named(rule.kind).statistic.outline
+        if outline is not None:
+            empty = jax.tree.map(jnp.zeros_like, states[rule.path])
+            found[rule.path] = outline(empty, _observation(rule, captured, params, unused, architecture))
+    return found
+
+
+def batch_statistics(
+    before: Mapping[str, Any],
     rules: Sequence[SiteRule],
     captured: Mapping[str, Any],
     params: Params,
     key: PRNGKeyArray,
     settings: QuantConfig,
     architecture: Architecture,
-    together: Together | None = None,
 ) -> dict[str, Any]:
-    """The statistics of the sites of a part of the model, by path, after one more batch; or a batch of every device.
+    """The statistics of the sites of a part of the model in one batch alone, by path.
 
     Args:
-        states: the statistics before it.
+        before: the states after the batches before it, at least of the sites that have outlines.
         rules: the sites'.
-        captured: what all sites of the part saw in the batch, by path.
+        captured: what the sites that `seen_by` names saw in the batch, by path.
         params: the part's, for statistics that look at the kernel behind a site.
         key: for random choices.
         settings: the statistics'.
         architecture: the model's.
-        together: the round, if other devices look at other images meanwhile; then the states are theirs, too.
     """
-    kinds = {rule.path: kind_named(rule.kind).statistic for rule in rules}
-    seen = {
-        rule.path: _observation(rule, captured, params, site_key, architecture)
-        for rule, site_key in zip(rules, jax.random.split(key, len(rules)), strict=True)
-    }
-    if together is None:
-        return {r.path: kinds[r.path].update(states[r.path], seen[r.path], r.bits, settings) for r in rules}
-    outlines = {}
-    for path, statistic in kinds.items():
-        if statistic.outline is not None:
-            empty = jax.tree.map(jnp.zeros_like, states[path])
-            outlines[path] = statistic.outline(empty, seen[path])
-    before = dict(states)
-    for path, of_all in together.gathered(outlines).items():
-        before[path] = together.merged(kinds[path], states[path], of_all, together.place)
-    batches = {r.path: kinds[r.path].of_batch(before[r.path], seen[r.path], r.bits, settings) for r in rules}
-    everyone = together.gathered(batches)
-    end = jnp.int32(together.size)
-    return {path: together.merged(kinds[path], states[path], of_all, end) for path, of_all in everyone.items()}
+    found = {}
+    for rule, site_key in zip(rules, jax.random.split(key, len(rules)), strict=True):
+        observed = _observation(rule, captured, params, site_key, architecture)
+        statistic = kind_named(rule.kind).statistic
+        found[rule.path] = statistic.of_batch(before.get(rule.path), observed, rule.bits, settings)
+    return found
+
+
+def merged(rules: Iterable[SiteRule], states: Mapping[str, Any], batches: Mapping[str, Any]) -> dict[str, Any]:
+    """The states with one more batch, at the sites of which `batches` says something."""
+    of_sites = {rule.path: kind_named(rule.kind).statistic for rule in rules}
+    return {path: of_sites[path].merge(states[path], batch) for path, batch in batches.items()}
 
 
 def _observation(

@@ -4,20 +4,22 @@ import dataclasses
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from ahcptq_jax import devices
 from ahcptq_jax.architectures.base import Unit
 from ahcptq_jax.quantizers.searches.grouping import ladder_stages
-from ahcptq_jax.reconstruction import learning
+from ahcptq_jax.reconstruction import learning, together
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.folder import StateFolder
 from ahcptq_jax.reconstruction.objectives import Objective
 from ahcptq_jax.reconstruction.regrouping import regroup
+from ahcptq_jax.reconstruction.together import Deal
 from ahcptq_jax.reconstruction.units import Dataset, Feeder
 
 
@@ -53,6 +55,7 @@ def fit(
     ending: Ending,
     folder: StateFolder,
     bar: tqdm,
+    deal: Deal,
 ) -> learning.State:
     """Learns a unit, from its intermediate state if one was saved.
 
@@ -65,13 +68,14 @@ def fit(
         ending: the form in which the quantizers end.
         folder: keeps the state every `config.save_seconds`.
         bar: counts iterations.
+        deal: says which images a slot of the batch draws from; `data` has those of this process.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(unit.name.encode()))
     batch_key, step_key = jax.random.split(key)
     # All at once, so that neither chunks nor interruptions change what is drawn.
-    drawn = np.asarray(jax.random.randint(batch_key, (config.iterations, config.batch), 0, len(data)))
+    drawn = deal.draw(batch_key, config.iterations)
     first, state = folder.load_partial(unit, state)
-    feed = Feeder(data, config.chunk, config.batch, config.memory_budget // 2)
+    feed = Feeder(data, config.chunk, deal, config.memory_budget // 2)
     # Settings that do not influence a step are set to their defaults, so that they do not compile it again.
     static = dataclasses.replace(config.result_settings(), seed=0, parts=ReconstructionConfig().parts)
     bar.set_description(unit.name)
@@ -81,28 +85,29 @@ def fit(
         if chunk.first > first and time.monotonic() - saved >= config.save_seconds:
             folder.save_partial(unit, state, chunk.first)
             saved = time.monotonic()
+        if chunk.rungs and deal.mesh is not None:
+            state = devices.on_host(state)
         for wanted in chunk.rungs:
             state = regroup(state, wanted, ending.groups, ending.metric)
         if chunk.first == chunk.last:
             break
         rows = np.resize(drawn[chunk.first : chunk.last], (feed.chunk, config.batch))
         store, places = feed(rows)
-        state, losses = learning.advance(
-            problem,
-            state,
-            store,
-            jnp.asarray(places, jnp.int32),
-            jnp.int32(chunk.first),
-            jnp.int32(chunk.last),
-            step_key,
-            objective.shared,
+        learn = partial(
+            learning.advance if config.batch == 1 else partial(together.advance, deal=deal),
             operation=unit.operation,
             loss=objective.loss,
             config=static,
             grid_bits=ending.grid_bits,
         )
+        ends = np.int32(chunk.first), np.int32(chunk.last)
+        if deal.mesh is not None:
+            problem, state, shared = devices.replicated((problem, state, objective.shared), deal.mesh)
+        else:
+            shared = objective.shared
+        state, losses = learn(problem, state, store, places, *ends, step_key, shared)
         _show(bar, chunk.last - chunk.first, losses)
-    return state
+    return state if deal.mesh is None else devices.on_host(state)
 
 
 def _chunks(first: int, config: ReconstructionConfig, groups: int, chunk: int) -> Iterator[_Chunk]:

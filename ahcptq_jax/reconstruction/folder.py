@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ahcptq_jax import devices
 from ahcptq_jax.architectures.base import Unit
 from ahcptq_jax.calibration import saved_state
 from ahcptq_jax.quantizers import Quantizer
@@ -95,7 +96,7 @@ class StateFolder:
             ValueError: if its file is damaged or another run's.
         """
         path = self._file(unit, "done")
-        arrays = None if path is None else saved_state.load(path, self.identity)
+        arrays = None if path is None else saved_state.load_by_all(path, self.identity)
         if path is None or arrays is None:
             return None
         state = calibrated.restored(path, arrays)
@@ -106,18 +107,18 @@ class StateFolder:
     def save(self, unit: Unit, state: UnitState) -> None:
         """Saves a finished unit and drops its intermediate state."""
         if (path := self._file(unit, "done")) is not None:
-            saved_state.save(path, self.identity, state.arrays())
+            saved_state.save_for_all(path, self.identity, state.arrays())
         self._drop_partial(unit)
 
     def _drop_partial(self, unit: Unit) -> None:
-        if (path := self._file(unit, "partial")) is not None:
+        if (path := self._file(unit, "partial")) is not None and devices.is_first():
             saved_state.remove(path)
 
     def save_partial(self, unit: Unit, state: learning.State, step: int) -> None:
         """Saves a unit that is being learned, before iteration `step`."""
         if (path := self._file(unit, "partial")) is not None:
             leaves = {f"leaf/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
-            saved_state.save(path, self.identity, leaves | {"step": np.array(step)})
+            saved_state.save_for_all(path, self.identity, leaves | {"step": np.array(step)})
 
     def load_partial(self, unit: Unit, state: learning.State) -> tuple[int, learning.State]:
         """The step reached and the state there; 0 and the given state if nothing was saved.
@@ -127,6 +128,8 @@ class StateFolder:
         """
         path = self._file(unit, "partial")
         arrays = None if path is None else saved_state.load(path, self.identity)
+        step = 0 if arrays is None or "step" not in arrays else int(arrays["step"])
+        devices.check_same(step, f"The iteration that {unit.name} has reached in {self.folder}")
         if path is None or arrays is None:
             return 0, state
         leaves, structure = jax.tree.flatten(state)

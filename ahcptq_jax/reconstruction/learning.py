@@ -153,9 +153,74 @@ def start(
     return Problem(unflatten(flat), floors, uniform), State(alphas, rooms, rounding.init(alphas), scales.init(learned))
 
 
-def _merge_rows(a: jax.Array, rows: jax.Array) -> jax.Array:
-    """Rows (B,) of (M, b, ...) as one batch (B*b, ...)."""
-    return a[rows].reshape(-1, *a.shape[2:])
+# Of an iteration: the reconstruction loss, and the weighted regularizer.
+Losses = jax.Array  # (2,)
+
+
+def total(
+    problem: Problem,
+    rounding: dict,
+    scales: dict,
+    quantizers: dict,
+    batch: Any,
+    seeds: jax.Array,
+    step: jax.Array,
+    shared: Any,
+    operation: Operation,
+    loss: Loss,
+    config: ReconstructionConfig,
+    grid_bits: int,
+) -> tuple[jax.Array, Losses]:
+    """What an iteration minimises on its batch, and its two parts.
+
+    Args:
+        batch: as the rows of `advance`'s store, (b, ...).
+        seeds: (inputs + quantizers, 2), of its drops.
+    """
+    inputs, original, target, context = batch
+    mixed = zip(seeds[: len(inputs)], inputs, original, strict=True)
+    args = [mix(seed, q, o, config.input_drop) for seed, q, o in mixed]
+    kernels = {
+        f"{layer}/kernel": adaround.soft_weight(problem.floors[layer], alpha, problem.weights[layer])
+        for layer, alpha in rounding.items()
+    }
+    params = unflatten(flatten(problem.params) | kernels)
+    current = {path: on_grid(q, grid_bits) for path, q in _with_scales(quantizers, scales).items()}
+    handler = dropping(current, seeds[len(inputs) :], config.activation_drop)
+    with intercept_sites(handler):
+        output = operation(params, *args)
+    error = loss(output, target, context, shared)
+    done = step + 1
+    beta = adaround.temperature(done, config.iterations, config.warmup, config.beta_start, config.beta_end)
+    warm = done >= config.warmup * config.iterations
+    penalty = sum((jnp.sum(adaround.regularizer(a, beta)) for a in rounding.values()), jnp.float32(0))
+    penalty = jnp.where(warm, config.rounding_weight * penalty, 0.0)
+    return error + penalty, jnp.stack([error, penalty])
+
+
+def seeds(key: jax.Array, step: jax.Array, *shape: int) -> jax.Array:
+    """Seeds (*shape, 2) of an iteration's drops."""
+    return jax.random.bits(jax.random.fold_in(key, step), (*shape, 2), jnp.uint32)
+
+
+def learned(state: State, config: ReconstructionConfig) -> tuple[dict, dict]:
+    """What has gradients: the rounding, and the scales."""
+    return state.rounding, _scales_of(state.quantizers) if config.learn_scales else {}
+
+
+def stepped(state: State, gradients: tuple[dict, dict], config: ReconstructionConfig) -> State:
+    """The state after a step of both optimizers."""
+    rounding_optimizer, scale_optimizer = _optimizers(config)
+    _, scales = learned(state, config)
+    updates, rounding_moments = rounding_optimizer.update(gradients[0], state.rounding_moments)
+    rounding = optax.apply_updates(state.rounding, updates)
+    updates, scale_moments = scale_optimizer.update(gradients[1], state.scale_moments)
+    if config.relative_steps:
+        # Scales of a few thousandths and of several units take part alike.
+        updates = jax.tree.map(jnp.multiply, updates, scales)
+    # As the official code: a scale that crosses zero is reflected.
+    scales = jax.tree.map(lambda s: jnp.maximum(jnp.abs(s), MIN_SCALE), optax.apply_updates(scales, updates))
+    return State(rounding, _with_scales(state.quantizers, scales), rounding_moments, scale_moments)
 
 
 @partial(jax.jit, static_argnames=("operation", "loss", "config", "grid_bits"), donate_argnames="state")
@@ -174,12 +239,12 @@ def advance(
     loss: Loss,
     config: ReconstructionConfig,
     grid_bits: int = 0,
-) -> tuple[State, jax.Array]:
-    """Iterations `first` to `last - 1` of a unit's reconstruction.
+) -> tuple[State, Losses]:
+    """Iterations `first` to `last - 1` of a unit's reconstruction, with one image each.
 
     Args:
         store: (quantized inputs, original inputs, target, the loss's context), rows (M, b, ...); see `units.Feeder`.
-        places: (chunk, batch) int32, the rows of each iteration, counted from `first`.
+        places: (chunk,) int32, the row of each iteration, counted from `first`.
         first, last: traced, at most `chunk` apart: stages of any length are one program.
         key: of the unit; iterations derive theirs from it.
         shared: what the loss looks at besides its rows, see `objectives.Objective`.
@@ -189,50 +254,22 @@ def advance(
         grid_bits: not 0 puts the quantizers on a grid of so many bits in every forward; what is learned stays off it.
 
     Returns:
-        The new state, and the mean over the iterations of the reconstruction loss and of the weighted regularizer.
+        The new state, and the mean over the iterations of the losses.
     """
-    rounding_optimizer, scale_optimizer = _optimizers(config)
 
-    def total(
-        rounding: dict, scales: dict, quantizers: dict, step: jax.Array, rows: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        inputs, original, target, context = jax.tree.map(lambda a: _merge_rows(a, rows), store)
-        seeds = jax.random.bits(jax.random.fold_in(key, step), (len(inputs) + len(quantizers), 2), jnp.uint32)
-        mixed = zip(seeds[: len(inputs)], inputs, original, strict=True)
-        args = [mix(seed, q, o, config.input_drop) for seed, q, o in mixed]
-        kernels = {
-            f"{layer}/kernel": adaround.soft_weight(problem.floors[layer], alpha, problem.weights[layer])
-            for layer, alpha in rounding.items()
-        }
-        params = unflatten(flatten(problem.params) | kernels)
-        current = {path: on_grid(q, grid_bits) for path, q in _with_scales(quantizers, scales).items()}
-        handler = dropping(current, seeds[len(inputs) :], config.activation_drop)
-        with intercept_sites(handler):
-            output = operation(params, *args)
-        error = loss(output, target, context, shared)
-        done = step + 1
-        beta = adaround.temperature(done, config.iterations, config.warmup, config.beta_start, config.beta_end)
-        warm = done >= config.warmup * config.iterations
-        penalty = sum((jnp.sum(adaround.regularizer(a, beta)) for a in rounding.values()), jnp.float32(0))
-        penalty = jnp.where(warm, config.rounding_weight * penalty, 0.0)
-        return error + penalty, jnp.stack([error, penalty])
-
-    def iterate(step: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
-        state, losses = carry
-        scales = _scales_of(state.quantizers) if config.learn_scales else {}
-        gradients, parts = jax.grad(total, argnums=(0, 1), has_aux=True)(
-            state.rounding, scales, state.quantizers, step, places[step - first]
+    def of_row(rounding: dict, scales: dict, quantizers: dict, step: jax.Array, row: jax.Array) -> Any:
+        batch = jax.tree.map(lambda a: a[row], store)
+        drops = seeds(key, step, len(batch[0]) + len(quantizers))
+        return total(
+            problem, rounding, scales, quantizers, batch, drops, step, shared, operation, loss, config, grid_bits
         )
-        updates, rounding_moments = rounding_optimizer.update(gradients[0], state.rounding_moments)
-        rounding = optax.apply_updates(state.rounding, updates)
-        updates, scale_moments = scale_optimizer.update(gradients[1], state.scale_moments)
-        if config.relative_steps:
-            # Scales of a few thousandths and of several units take part alike.
-            updates = jax.tree.map(jnp.multiply, updates, scales)
-        # As the official code: a scale that crosses zero is reflected.
-        scales = jax.tree.map(lambda s: jnp.maximum(jnp.abs(s), MIN_SCALE), optax.apply_updates(scales, updates))
-        quantizers = _with_scales(state.quantizers, scales)
-        return State(rounding, quantizers, rounding_moments, scale_moments), losses + parts
+
+    def iterate(step: jax.Array, carry: tuple[State, Losses]) -> tuple[State, Losses]:
+        state, losses = carry
+        gradients, parts = jax.grad(of_row, argnums=(0, 1), has_aux=True)(
+            *learned(state, config), state.quantizers, step, places[step - first]
+        )
+        return stepped(state, gradients, config), losses + parts
 
     # Not a scan over the chunk: a loop with traced ends needs no second program for a shorter chunk.
     state, losses = jax.lax.fori_loop(first, last, iterate, (state, jnp.zeros(2)))

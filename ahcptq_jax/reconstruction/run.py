@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 from tqdm import tqdm
 
+from ahcptq_jax import devices
 from ahcptq_jax.architectures import architecture_of
 from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.calibration import saved_state
@@ -27,6 +28,7 @@ from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.fit import Ending, fit
 from ahcptq_jax.reconstruction.folder import StateFolder, UnitState
 from ahcptq_jax.reconstruction.objectives import Objective, Place, objective_named
+from ahcptq_jax.reconstruction.together import Deal, mesh_of
 from ahcptq_jax.reconstruction.units import (
     Args,
     Dataset,
@@ -116,8 +118,9 @@ def reconstruct(
             quantized, activations=learning.with_static_grids(quantized.activations, target.grid_bits)
         )
         aim = params if original is None else original
-        run = _Run(sam, params, aim, start, boxes, config, target, StateFolder(folder, identity), bar, on_unit)
-        clean, noisy = _reconstruct_encoder(run, encoder, images)
+        deal = Deal(config.batch, len(images), mesh_of(config.batch))
+        run = _Run(sam, params, aim, start, boxes, config, target, StateFolder(folder, identity), bar, on_unit, deal)
+        clean, noisy = _reconstruct_encoder(run, encoder, [images[i] for i in deal.own])
         _reconstruct_decoder(run, decoder, clean, noisy)
     return Quantized(quantized.params, run.weights, run.activations, sam, target)
 
@@ -191,8 +194,10 @@ class _Run:
         folder: StateFolder,
         bar: tqdm,
         on_unit: Callable[[UnitReport], None] | None,
+        deal: Deal,
     ) -> None:
-        self.sam, self.architecture, self.boxes = sam, architecture_of(sam), boxes
+        self.sam, self.architecture, self.deal = sam, architecture_of(sam), deal
+        self.boxes = [boxes[index] for index in deal.own]  # as everything else by image, this process's alone
         self.floating = {path: jnp.asarray(value, jnp.float32) for path, value in flatten(params).items()}
         # What the units aim at; the floating-point parameters themselves but for transforms that change the function.
         self.aim = (
@@ -225,7 +230,8 @@ class _Run:
     def error(self, unit: Unit, data: Dataset) -> float:
         """The error of the quantized unit, averaged over the images."""
         run, rows = self.current(unit), zip(_rows(data.quantized), data.target, strict=True)
-        return float(np.mean([reconstruction_error(unit, np.asarray(run(a)), t) for a, t in rows]))
+        own = [reconstruction_error(unit, np.asarray(run(a)), t) for a, t in rows]
+        return float(np.mean(devices.in_order_of_images(dict(zip(self.deal.own, own, strict=True)), self.deal.images)))
 
     def state(self, unit: Unit, before: float = 0.0, after: float = 0.0) -> UnitState:
         """The part of the quantized model that belongs to a unit, as it is now."""
@@ -335,7 +341,7 @@ def _reconstruct_unit(run: _Run, unit: Unit, data: Dataset) -> UnitReport:
         groups = 0
     problem, state = learning.start(unflatten(unit.own(run.floating)), weights, quantizers, config)
     ending = Ending(groups, run.target.group_metric, run.target.grid_bits)
-    state = fit(unit, problem, state, data, objective, config, ending, run.folder, run.bar)
+    state = fit(unit, problem, state, data, objective, config, ending, run.folder, run.bar, run.deal)
     found = UnitState(*learning.finish(problem, state, weights, quantizers, groups, run.target.grid_bits), before)
     run.take(unit, found)
     found = dataclasses.replace(found, after=run.error(unit, data))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from ahcptq_jax import devices
 from ahcptq_jax.architectures import architecture_of
 from ahcptq_jax.architectures.base import GRANULARITIES as GRANULARITIES
 from ahcptq_jax.architectures.base import PARTS as PARTS
@@ -27,6 +28,7 @@ from ahcptq_jax.architectures.base import Unit as Unit
 from ahcptq_jax.architectures.sites import intercept_sites
 from ahcptq_jax.quantizers import Quantizer
 from ahcptq_jax.quantizers.weights import QuantizedWeight
+from ahcptq_jax.reconstruction.together import Deal
 from ahcptq_jax.runtime.quantized import with_decoded
 from sam_flax.layers import Site, in_float32
 from sam_flax.sam import Params, call
@@ -174,28 +176,72 @@ class Feeder:
     """Chunks of a data set as the compiled step takes them: a store of rows, and the place of each wanted row in it.
 
     A data set in memory is handed over once. From one on disk, each chunk's rows are read anew, and chunks are made so
-    short that their rows fit in memory.
+    short that their rows fit in memory. Every device is handed the rows of its own slots.
 
     Attributes:
         chunk: iterations in one chunk.
     """
 
-    def __init__(self, data: Dataset, chunk: int, batch: int, budget: int):
-        """`chunk` is the most that a chunk may have, `batch` the rows of an iteration, `budget` in bytes."""
-        self._data = data
-        self._whole = None if data.on_disk else jax.tree.map(jnp.asarray, data.arrays)
+    def __init__(self, data: Dataset, chunk: int, deal: Deal, budget: int):
+        """`chunk` is the most that a chunk may have, `budget` in bytes for this process."""
+        self._data, self._deal = data, deal
         row = sum(a[0].nbytes for a in jax.tree.leaves(data.arrays))
-        self.chunk = max(1, min(chunk, budget // (row * batch))) if data.on_disk else chunk
-        self._limit = min(len(data), self.chunk * batch)
+        rows = deal.slots * len(deal.places)
+        self.chunk = max(1, min(chunk, budget // (row * rows))) if data.on_disk else chunk
+        # By device, by slot: the rows of this process's data that the slot draws from.
+        number = {image: row for row, image in enumerate(deal.own)}
+        self._rows = [[np.array([number[i] for i in slot]) for slot in deal.of_device(p)] for p in deal.places]
+        # Equally many for every device, whatever it has.
+        have = max(sum(map(len, deal.of_device(place))) for place in range(deal.batch // deal.slots))
+        self._limit = min(have, self.chunk * deal.slots) if data.on_disk else have
+        self._whole: Any = None
+        if not data.on_disk:
+            self._whole = self._handed([np.concatenate(slots) for slots in self._rows])
 
-    def __call__(self, rows: Int[np.ndarray, "chunk batch"]) -> tuple[Any, Int[np.ndarray, "chunk batch"]]:
-        """The arrays (M, b, ...) that hold the wanted rows, and the place of each wanted row in them."""
+    def __call__(self, drawn: Int[np.ndarray, "chunk batch"]) -> tuple[Any, Int[Array, "..."]]:
+        """The rows (M, b, ...) of all devices, and the place of each wanted row among those of its device.
+
+        Args:
+            drawn: which of its images each slot of the batch takes.
+
+        Returns:
+            The arrays, and the places: (chunk,) of one device with one slot, else (devices, chunk, slots).
+        """
+        taken = []
+        for place, slots in zip(self._deal.places, self._rows, strict=True):
+            first = place * self._deal.slots
+            of_slots = [rows[drawn[:, first + slot]] for slot, rows in enumerate(slots)]
+            taken.append(np.stack(of_slots, axis=1))  # (chunk, slots) rows of the data
         if self._whole is not None:
-            return self._whole, rows
-        wanted, places = np.unique(rows, return_inverse=True)
+            wanted = [np.concatenate(slots) for slots in self._rows]
+            store = self._whole
+        else:
+            wanted = [np.unique(rows) for rows in taken]
+            store = self._handed(wanted)
+        places = [_places(rows, of_device) for rows, of_device in zip(taken, wanted, strict=True)]
+        if self._deal.batch == 1:
+            return store, jnp.asarray(places[0][:, 0], jnp.int32)
+        if self._deal.mesh is None:
+            return store, jnp.asarray(np.stack(places), jnp.int32)
+        return store, devices.shared_out([p[None].astype(np.int32) for p in places], self._deal.mesh)
+
+    def _handed(self, wanted: Sequence[Int[np.ndarray, "rows"]]) -> Any:
+        """The arrays of the wanted rows of each device, as the devices hold them."""
         # Always as many rows, so that every chunk has the same shape.
-        wanted = np.resize(wanted, self._limit)
-        return jax.tree.map(lambda a: jnp.asarray(a[wanted]), self._data.arrays), places.reshape(rows.shape)
+        filled = [np.resize(rows, self._limit) for rows in wanted]
+        if self._deal.mesh is None:
+            (rows,) = filled
+            if len(rows) == len(self._data) and (rows == np.arange(len(rows))).all():
+                return jax.tree.map(jnp.asarray, self._data.arrays)  # without a copy in between
+            return jax.tree.map(lambda a: jnp.asarray(a[rows]), self._data.arrays)
+        parts = [jax.tree.map(lambda a, rows=rows: a[rows], self._data.arrays) for rows in filled]
+        return devices.shared_out(parts, self._deal.mesh)
+
+
+def _places(rows: Int[np.ndarray, "*shape"], among: Int[np.ndarray, "n"]) -> Int[np.ndarray, "*shape"]:
+    """The first place of each row among those that a device has."""
+    order = np.argsort(among, kind="stable")
+    return order[np.searchsorted(among, rows, sorter=order)]
 
 
 def reconstruction_error(unit: Unit, output: Float[np.ndarray, "*shape"], target: Float[np.ndarray, "*shape"]) -> float:

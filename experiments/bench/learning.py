@@ -77,7 +77,7 @@ def _step(operation: Operation, prefix: str, store: Store, loss_axis: int) -> Ca
             problem,
             state,
             store,
-            jnp.full((1, 1), done % images),
+            jnp.full(1, done % images),
             jnp.int32(done),
             jnp.int32(done + 1),
             jax.random.key(0),

@@ -1,4 +1,4 @@
-"""Images over all devices, on one host or many.
+"""Images over all devices, on one host or many, in an evaluation; `ahcptq_jax.devices` is for what comes before it.
 
 The images of an evaluation are one axis, sharded over a mesh of every device. A device runs the same program on its
 images as a single one would, so results are equal bit by bit; hosts exchange them at the end.
@@ -7,6 +7,7 @@ images as a single one would, so results are equal bit by bit; hosts exchange th
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ AXIS = "images"
 
 def define_flags() -> None:
     """The flags by which several hosts find each other."""
-    flags.DEFINE_string("coordinator", "", "host:port of process 0, where several processes share the evaluation.")
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, where several processes share a run.")
     flags.DEFINE_integer("num_processes", 1, "How many processes take part; each runs the same command.")
     flags.DEFINE_integer("process_id", 0, "Which of them this is, from 0.")
 
@@ -51,6 +52,16 @@ def connect(coordinator: str, num_processes: int, process_id: int) -> None:
             raise InputError(
                 f"--coordinator={coordinator} cannot be joined ({error}); give the same host:port to all processes."
             ) from error
+
+
+def folder(out: Path) -> Path:
+    """Where this process leaves its files; process 0 alone leaves them where it was told to."""
+    return out / f"process_{jax.process_index()}" if jax.process_index() else out
+
+
+def home(own: Path) -> Path:
+    """The folder of process 0, given what `folder` returned."""
+    return own.parent if jax.process_index() else own
 
 
 def predictors(model: MaskModel) -> list[SamPredictor]:

@@ -71,12 +71,14 @@ class Run:
     def state(self) -> Path:
         """The folder of what a killed calibration or reconstruction goes on from.
 
-        Its name tells everything apart, so that a run that differs in anything starts anew.
+        Its name tells everything apart, so that a run that differs in anything starts anew. Processes that share a run
+        share it.
         """
         config, reconstruction = self.options.quant_config(), self.options.reconstruction_config()
         images = fingerprint([np.asarray(array) for item in self.inputs.calib for array in item])
         parts = f"{saved_state.code_version()} {self.inputs.model_id} {images} {config} {reconstruction}"
-        return self.out / "partial" / f"{'calibration' if reconstruction is None else 'reconstruction'}-{_short(parts)}"
+        stage = "calibration" if reconstruction is None else "reconstruction"
+        return devices.home(self.out) / "partial" / f"{stage}-{_short(parts)}"
 
     @property
     def artefact(self) -> Path:
@@ -151,7 +153,7 @@ def run(
             # They serve interrupted runs only.
             for file in current.partial:
                 file.unlink(missing_ok=True)
-        if inputs.calib:
+        if inputs.calib and devices.home(out) == out:
             shutil.rmtree(current.state, ignore_errors=True)
     return results
 

@@ -453,18 +453,18 @@ def test_blocks_of_a_kind_share_one_compilation(tiny, w4a4, canvas, monkeypatch)
     two_images = jnp.zeros((2, sam.config.grid, sam.config.grid, sam.config.embed_dim))  # at once, as in no other test
     others = dataclasses.replace(MINMAX, seed=5, w_bits=5, a_bits=5, groups=2)
     doubled = jax.tree.map(lambda a: jnp.asarray(2 * np.asarray(a)), params)
-    before, counts = passes.observe._cache_size(), []
+    before, counts = passes.run_captured._cache_size(), []
     monkeypatch.setattr(sam_vit.SamVit, "embed", lambda *_: two_images)
     for weights, images, config in ((params, 1, MINMAX), (doubled, 2, others)):
         passes.observe_encoder(sam, weights, [np.asarray(canvas[0])] * images, recipe_of(sam_vit.SAM_VIT, config))
-        counts.append(passes.observe._cache_size() - before)
+        counts.append(passes.run_captured._cache_size() - before)
     assert counts == [3, 3]
     monkeypatch.undo()
     # The decoder, whose program other tests have, is one for all images and seeds.
     quantize(params, pictures(), MINMAX, sam=sam)
-    before = passes.observe._cache_size()
+    before = passes.run_captured._cache_size()
     quantize(params, pictures(2, seed=1), dataclasses.replace(MINMAX, seed=5, w_bits=5, groups=2), sam=sam)
-    assert passes.observe._cache_size() == before
+    assert passes.run_captured._cache_size() == before
 
     two = jnp.concatenate([canvas, canvas + 1])  # as many as in no other test
     before = quantized_module._apply._cache_size()

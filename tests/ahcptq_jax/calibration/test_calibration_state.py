@@ -17,7 +17,7 @@ from ahcptq_jax.architectures import architecture_named
 from ahcptq_jax.calibration import passes
 from ahcptq_jax.calibration import weights as weights_module
 from ahcptq_jax.calibration.cache import StatisticsCache
-from ahcptq_jax.calibration.statistics import SiteRule, init_statistics, relevant, update_statistics
+from ahcptq_jax.calibration.statistics import SiteRule, batch_statistics, init_statistics, relevant
 from ahcptq_jax.config import ACT_RANGES, METHODS, QuantConfig
 from ahcptq_jax.quantizers import Grouped
 from ahcptq_jax.quantizers.kinds import kind_names
@@ -51,7 +51,7 @@ def whole(setting: Any) -> Quantized:
 def stages_run(monkeypatch: pytest.MonkeyPatch, until: int | None = None) -> list[int]:
     """Counts the parts of the model that are run; `until` lets the run be killed at that one."""
     count = [0]
-    observe = passes.observe
+    observe = passes.run_captured
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         count[0] += 1
@@ -59,7 +59,7 @@ def stages_run(monkeypatch: pytest.MonkeyPatch, until: int | None = None) -> lis
             raise Killed
         return observe(*args, **kwargs)
 
-    monkeypatch.setattr(passes, "observe", counting)
+    monkeypatch.setattr(passes, "run_captured", counting)
     return count
 
 
@@ -189,18 +189,17 @@ TOKENS, CHANNELS = 9, 8
 
 @functools.cache
 def program(rule: SiteRule, config: QuantConfig) -> str:
-    """How `update_statistics` adds a batch, its constants among it."""
+    """How `batch_statistics` looks at a batch, its constants among it."""
     shape = (1, TOKENS, TOKENS) if rule.is_attention else (1, 3, 3, CHANNELS)
     captured = {rule.path: jnp.zeros(shape), "attn/operands": (jnp.zeros((1, TOKENS, CHANNELS)),) * 3}
     params = {"lin2": {"kernel": jnp.zeros((CHANNELS, 4))}}
     state = init_statistics(rule, shape, config)
 
-    def update(state: Any, captured: Any, params: Any, key: Any) -> Any:
-        return update_statistics(
-            {rule.path: state}, [rule], captured, params, key, config, architecture_named("sam_vit")
-        )
+    def look(state: Any, captured: Any, params: Any, key: Any) -> Any:
+        states, sam_vit = {rule.path: state}, architecture_named("sam_vit")
+        return batch_statistics(states, [rule], captured, params, key, config, sam_vit)
 
-    closed = jax.make_jaxpr(update)(state, captured, params, jax.random.key(0))
+    closed = jax.make_jaxpr(look)(state, captured, params, jax.random.key(0))
     return f"{jax.tree.structure(state)} {closed.jaxpr} {[np.asarray(c).tolist() for c in closed.consts]}"
 
 

@@ -16,6 +16,7 @@ from ahcptq_jax.reconstruction import drops, learning, units
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.objectives import LocalError
 from ahcptq_jax.reconstruction.regrouping import regroup
+from ahcptq_jax.reconstruction.together import Deal
 from ahcptq_jax.reconstruction.units import gather
 from experiments.bench.learning import float_mlp_step, mlp_step
 from sam_flax.layers import Linear
@@ -92,7 +93,7 @@ def learned_scale(unit: float, **changes) -> float:
         problem,
         state,
         ((x * unit,), (x * unit,), target, ()),
-        jnp.arange(20)[:, None] % 2,
+        jnp.arange(20) % 2,
         jnp.int32(0),
         jnp.int32(20),
         jax.random.key(0),
@@ -115,14 +116,15 @@ def test_chunks_from_disk_fit_the_memory(tmp_path):
     rows = [(np.full((1, 10), i, np.float32),) * 3 for i in range(6)]
     arrays = gather(rows, 6, 0, tmp_path)
     data = units.Dataset(arrays[:1], arrays[1:2], arrays[2])
-    feed = units.Feeder(data, 50, 2, budget=5 * 120)
+    feed = units.Feeder(data, 50, Deal(2, 6, None), budget=5 * 120)
     assert feed.chunk == 2  # iterations of two rows of 120 bytes
-    (quantized, _, target, _), places = feed(np.array([[4, 1], [1, 1]]))
+    (quantized, _, target, _), places = feed(np.array([[2, 1], [1, 1]]))
     assert len(target) == 4
-    np.testing.assert_array_equal(quantized[0][places][..., 0, 0], [[4, 1], [1, 1]])
-    assert units.Feeder(data, 50, 1, budget=1).chunk == 1
+    # The first slot has images 0, 2 and 4 to draw from, the second 1, 3 and 5.
+    np.testing.assert_array_equal(quantized[0][places[0]][..., 0, 0], [[4, 3], [2, 3]])
+    assert units.Feeder(data, 50, Deal(1, 6, None), budget=1).chunk == 1
     inside = gather(rows, 6, 10**6, tmp_path)
-    assert units.Feeder(units.Dataset(inside[:1], inside[1:2], inside[2]), 50, 1, budget=1).chunk == 50
+    assert units.Feeder(units.Dataset(inside[:1], inside[1:2], inside[2]), 50, Deal(1, 6, None), budget=1).chunk == 50
 
 
 def test_regrouping_keeps_the_room_and_sums_the_moments():

@@ -23,7 +23,7 @@ from ahcptq_jax.calibration.calibrate import Calibrated
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform
 from ahcptq_jax.recipe import site_kind, weight_path
-from ahcptq_jax.reconstruction import adaround, learning, units
+from ahcptq_jax.reconstruction import adaround, learning, together, units
 from ahcptq_jax.reconstruction import run as job
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
 from ahcptq_jax.reconstruction.folder import arrays_of
@@ -157,10 +157,10 @@ def compilations():
 def finished(run, compilations):
     """The result, and the report of every unit."""
     reports = []
-    learning.advance.clear_cache()
+    together._gradient.clear_cache()
     units.capture_decoder.clear_cache()
     result = run(on_unit=reports.append)
-    compilations["steps"] = learning.advance._cache_size()
+    compilations["steps"] = together._gradient._cache_size()
     compilations["captures"] = units.capture_decoder._cache_size()
     return result, reports
 
@@ -342,7 +342,7 @@ def test_loss_is_the_papers(sam, params, calibrated, power):
         problem,
         state,
         store,
-        jnp.zeros((10, 1), jnp.int32),
+        jnp.zeros(10, jnp.int32),
         jnp.int32(0),
         jnp.int32(3),
         jax.random.key(0),
@@ -366,7 +366,7 @@ def test_the_regularizer_is_on_after_the_warm_up(sam, params, calibrated):
             problem,
             state,
             ((x,), (x,), x, ()),
-            jnp.zeros((10, 1), jnp.int32),
+            jnp.zeros(10, jnp.int32),
             jnp.int32(first),
             jnp.int32(last),
             jax.random.key(0),
