@@ -96,6 +96,11 @@ def check_equal(first: list[np.ndarray], second: list[np.ndarray]) -> None:
     assert [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if not np.array_equal(a, b)] == []
 
 
+@pytest.fixture(scope="module")
+def two_devices(tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
+    return arrays(tmp_path_factory.mktemp("two"), "two", 1, local=2, batch=4)
+
+
 @pytest.mark.slow
 def test_a_calibration_is_that_of_one_device(tmp_path: Path) -> None:
     """Seven images on one device, four devices, and three processes."""
@@ -105,11 +110,10 @@ def test_a_calibration_is_that_of_one_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_learning_does_not_depend_on_how_many_devices_share_it(tmp_path: Path) -> None:
+def test_learning_does_not_depend_on_how_many_devices_share_it(two_devices: list[np.ndarray], tmp_path: Path) -> None:
     """One device alone is another program for XLA, and differs in last bits; what it learns is as good."""
-    two = arrays(tmp_path, "two", 1, local=2, batch=4)
-    check_equal(two, arrays(tmp_path, "four", 1, local=4, batch=4))
-    check_equal(two, arrays(tmp_path, "processes", 2, batch=4))
+    check_equal(two_devices, arrays(tmp_path, "four", 1, local=4, batch=4))
+    check_equal(two_devices, arrays(tmp_path, "processes", 2, batch=4))
 
 
 @pytest.mark.slow
@@ -118,11 +122,14 @@ def test_three_processes_learn_as_three_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("stage", ["calibration/statistics.npz", "*blocks_1.mlp.partial.npz", "*mlp.done.npz"])
-def test_a_run_goes_on_with_another_number_of_processes(stage: str, victim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "victim"),
+    [("calibration/statistics.npz", 0), ("*blocks_1.mlp.partial.npz", 1), ("*mlp.done.npz", 0)],
+)
+def test_a_run_goes_on_with_another_number_of_processes(
+    stage: str, victim: int, two_devices: list[np.ndarray], tmp_path: Path
+) -> None:
     """Two processes of which one is killed in a stage, then one with two devices."""
-    whole = arrays(tmp_path, "whole", 1, local=2, batch=4)
     state = tmp_path / "state"
     running = start(tmp_path, "killed", 2, batch=4, state=str(state))
     end = time.monotonic() + 600
@@ -135,7 +142,7 @@ def test_a_run_goes_on_with_another_number_of_processes(stage: str, victim: int,
         process.kill()
         process.communicate()
     assert list(state.glob(stage)) and not (tmp_path / "killed_0.npz").exists()
-    check_equal(whole, arrays(tmp_path, "resumed", 1, local=2, batch=4, state=str(state)))
+    check_equal(two_devices, arrays(tmp_path, "resumed", 1, local=2, batch=4, state=str(state)))
 
 
 # ------------------------------------------------------------------------------------------------------- what it is of

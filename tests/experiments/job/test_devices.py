@@ -45,8 +45,8 @@ none = coco.ImageBoxes(np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, np
 boxes.per_image[dataset.items[3].image_id] = none
 models, found = {"float": model}, {"devices": jax.device_count()}
 if sys.argv[5:] == ["quantized"]:
-    # The images are dealt out to the devices; then once more, all on one. Calibration alone, with every search.
-    config = QuantConfig(big=False)
+    # The images are dealt out to the devices; then once more, all on one.
+    config = QuantConfig(cag=False, big=False, agq=False, weight_search=False)
     models["quantized"] = quantize(params, images[:3], config, sam=model.sam)
     ahcptq_jax.devices.count = lambda: 1
     leaves, single = map(jax.tree.leaves, (models["quantized"], quantize(params, images[:3], config, sam=model.sam)))
