@@ -369,7 +369,7 @@ def observe_encoder(
     params = observer.everywhere(params)
     graph, flat = architecture.stages(sam), flatten(params)
     own = {stage.key: unflatten(below(stage.prefix, flat)) for stage in graph.stages}
-    sites, statistics, shape = _discover_stages(sam, params, own, recipe)
+    sites, statistics, shape = discover_stages(sam, params, own, recipe)
     # What observes a stage: the part of its rules and settings that its statistics depend on.
     observers = {s: Observed(*relevant(of_stage, recipe.config), architecture) for s, of_stage in sites.items()}
     if jax.process_count() > 1:
@@ -420,7 +420,7 @@ def observe_encoder(
     return finalize(states, rules, recipe.config, recipe.grid_bits), found
 
 
-def _discover_stages(
+def discover_stages(
     sam: Any, params: Params, own: Mapping[str, Params], recipe: Recipe
 ) -> tuple[dict[str, Sites], dict[str, dict[str, Any]], Any]:
     """The quantized sites of every stage of the encoder, their empty statistics, and the shape of an embedding."""
