@@ -48,7 +48,12 @@ def test_the_code_of_the_pages_runs():
 def test_commands_of_the_pages_have_these_flags():
     found = [line for page in order() for block in blocks(page, "sh") for line in block.splitlines()]
     known = (ROOT / "ahcptq_jax/config.py").read_text() + (ROOT / "experiments/job/options.py").read_text()
-    others = ("hwcost/study/options", "ahcptq_jax/reconstruction/config", "experiments/job/devices", "experiments/scaling")
+    others = (
+        "hwcost/study/options",
+        "ahcptq_jax/reconstruction/config",
+        "experiments/job/devices",
+        "experiments/scaling",
+    )
     known += "".join((ROOT / f"{name}.py").read_text() for name in others) + "flagfile"
     flags = [flag for line in found for flag in re.findall(r"--(\w+)", line)]
     assert flags and all(re.search(rf"\b{flag}\b", known) for flag in flags)
