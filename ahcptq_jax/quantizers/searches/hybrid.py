@@ -143,7 +143,7 @@ def hybrid_finalize(state: HybridState, candidates: np.ndarray, bits: int, reach
         raise ValueError("the breakpoint losses are not finite; the inputs or the weight hold NaN or infinity")
     index = int(np.argmin(loss))
     range_rate, grid_rate = (float(rate) for rate in np.asarray(candidates)[index])
-    minimum, maximum, _ = state.range
+    minimum, maximum = state.range.minimum, state.range.maximum
     quantizer = Hybrid.from_range(minimum, maximum - minimum, range_rate, grid_rate, bits, reach_maximum)
     return HybridSearch(quantizer, index, range_rate, grid_rate, loss)
 

@@ -187,6 +187,7 @@ def test_streamed_breakpoint_search_equals_the_batched_one(golden) -> None:
     streamed = searches.hybrid_finalize(state, candidates, 4)
     batched = searches.search_hybrid(iter(g["x"]), g["weight"].T, g["bias"], 4)
     assert jax.tree.all(jax.tree.map(np.array_equal, streamed.quantizer, batched))
+    np.testing.assert_allclose(streamed.quantizer.minimum, g["running_min"][-1], rtol=1e-6)
     # Part of the rows: the extremes are those of all of them, the losses nearly so.
     x = g["x"][0]
     half = jnp.arange(0, x.size // x.shape[-1], 2)
