@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("experiments", "hwcost", "ahcptq_jax", "sam_flax")
 # Rooms of ahcptq_jax, the lowest layer first; a room imports lower layers and itself.
 LAYERS = (
-    ("rules", "settings"),
+    ("devices", "rules", "settings"),
     ("config", "flags"),
     ("command", "quantizers"),
     ("architectures",),

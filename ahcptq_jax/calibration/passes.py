@@ -15,15 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32
+from jaxtyping import Float32, PRNGKeyArray
 
 from ahcptq_jax import devices
 from ahcptq_jax.architectures import Architecture, architecture_of
 from ahcptq_jax.architectures.base import Operation
 from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
-from ahcptq_jax.calibration import cache as caching
 from ahcptq_jax.calibration import saved_state
-from ahcptq_jax.calibration.cache import StatisticsCache
+from ahcptq_jax.calibration.cache import Observed, StatisticsCache
 from ahcptq_jax.calibration.saved_statistics import SavedStatistics
 from ahcptq_jax.calibration.statistics import (
     SiteRule,
@@ -51,7 +50,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Observed:
+class Watched:
     """The sites of a part of the model and how they are looked at. Hashable: a static argument of `jax.jit`.
 
     Attributes:
@@ -107,16 +106,16 @@ def run_captured(
     return spread(of_device, mesh, (EVERYWHERE, BY_IMAGE), BY_IMAGE)(params, inputs)
 
 
-@partial(jax.jit, static_argnames=("observed", "mesh"))
+@partial(jax.jit, static_argnames=("watched", "mesh"))
 @in_float32
 def look(
     before: dict[str, Any],
     captured: dict[str, Any],
     params: Params,
-    seed: jax.Array,
+    key: PRNGKeyArray,
     start: jax.Array,
     *,
-    observed: Observed,
+    watched: Watched,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """The statistics of one batch alone, or of each of the batches of a mesh, stacked.
@@ -124,52 +123,52 @@ def look(
     Args:
         before: the states before the batch; for a mesh stacked, those before each device's, of sites with outlines.
         captured: of `run_captured`.
-        seed: of the key from which each batch derives its own by its number.
+        key: from it each batch derives its own by its number.
         start: the number of the batch, or of the one at the first place of the mesh.
     """
 
-    def alone(before: Any, captured: Any, params: Params, seed: jax.Array, number: jax.Array) -> dict[str, Any]:
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        rules, settings, architecture = observed.sites, observed.settings, observed.architecture
+    def alone(before: Any, captured: Any, params: Params, key: Any, number: jax.Array) -> dict[str, Any]:
+        key = jax.random.fold_in(key, number)
+        rules, settings, architecture = watched.sites, watched.settings, watched.architecture
         return batch_statistics(before, rules, captured, params, key, settings, architecture)
 
     if mesh is None:
-        return alone(before, captured, params, seed, start)
+        return alone(before, captured, params, key, start)
 
-    def of_device(before: Any, captured: Any, params: Params, seed: jax.Array, start: jax.Array) -> dict[str, Any]:
+    def of_device(before: Any, captured: Any, params: Params, key: Any, start: jax.Array) -> dict[str, Any]:
         place = jax.lax.axis_index(AXIS)
-        return _stacked(alone(_first(before), captured, params, seed, start + place))
+        return _stacked(alone(_first(before), captured, params, key, start + place))
 
     shares = (BY_IMAGE, BY_IMAGE, EVERYWHERE, EVERYWHERE, EVERYWHERE)
-    return spread(of_device, mesh, shares, BY_IMAGE)(before, captured, params, seed, start)
+    return spread(of_device, mesh, shares, BY_IMAGE)(before, captured, params, key, start)
 
 
-@partial(jax.jit, static_argnames=("observed",))
-def add(statistics: dict[str, Any], batch: dict[str, Any], *, observed: Observed) -> dict[str, Any]:
+@partial(jax.jit, static_argnames=("watched",))
+def add(statistics: dict[str, Any], batch: dict[str, Any], *, watched: Watched) -> dict[str, Any]:
     """The statistics with one more batch."""
-    return merged(observed.sites, statistics, batch)
+    return merged(watched.sites, statistics, batch)
 
 
-@partial(jax.jit, static_argnames=("observed", "mesh"))
+@partial(jax.jit, static_argnames=("watched", "mesh"))
 def add_all(
     statistics: dict[str, Any],
     batches: dict[str, Any],
     first: jax.Array,
     last: jax.Array,
     *,
-    observed: Observed,
+    watched: Watched,
     mesh: Mesh,
 ) -> dict[str, Any]:
     """The statistics with the batches of the places `first` to `last - 1` of a mesh, in order, on every device."""
 
     def of_device(statistics: Any, batch: Any, first: jax.Array, last: jax.Array) -> dict[str, Any]:
-        return _added(statistics, _everyones(batch), first, last, observed, mesh)
+        return _added(statistics, _everyones(batch), first, last, watched, mesh)
 
     shares = (EVERYWHERE, BY_IMAGE, EVERYWHERE, EVERYWHERE)
     return spread(of_device, mesh, shares, EVERYWHERE)(statistics, batches, first, last)
 
 
-@partial(jax.jit, static_argnames=("observed", "mesh"))
+@partial(jax.jit, static_argnames=("watched", "mesh"))
 def look_ahead(
     statistics: dict[str, Any],
     captured: dict[str, Any],
@@ -177,27 +176,27 @@ def look_ahead(
     first: jax.Array,
     last: jax.Array,
     *,
-    observed: Observed,
+    watched: Watched,
     mesh: Mesh,
 ) -> dict[str, Any]:
     """The states before each device's batch, stacked, as far as outlines tell them; arguments as in `add_all`."""
 
     def of_device(statistics: Any, captured: Any, params: Params, first: jax.Array, last: jax.Array) -> dict[str, Any]:
-        own = outlines(statistics, observed.sites, captured, params, observed.architecture)
+        own = outlines(statistics, watched.sites, captured, params, watched.architecture)
         until = jnp.minimum(last, jax.lax.axis_index(AXIS))
-        return _stacked(_added(statistics, _everyones(_stacked(own)), first, until, observed, mesh))
+        return _stacked(_added(statistics, _everyones(_stacked(own)), first, until, watched, mesh))
 
     shares = (EVERYWHERE, BY_IMAGE, EVERYWHERE, EVERYWHERE, EVERYWHERE)
     return spread(of_device, mesh, shares, BY_IMAGE)(statistics, captured, params, first, last)
 
 
 def _added(
-    statistics: dict[str, Any], batches: Any, first: jax.Array, last: jax.Array, observed: Observed, mesh: Mesh
+    statistics: dict[str, Any], batches: Any, first: jax.Array, last: jax.Array, watched: Watched, mesh: Mesh
 ) -> dict[str, Any]:
     states = {path: statistics[path] for path in batches}
 
     def step(place: jax.Array, states: dict[str, Any]) -> dict[str, Any]:
-        more = merged(observed.sites, states, jax.tree.map(lambda leaf: leaf[place], batches))
+        more = merged(watched.sites, states, jax.tree.map(lambda leaf: leaf[place], batches))
         counts = (first <= place) & (place < last)
         return jax.tree.map(lambda new, old: jnp.where(counts, new, old), more, states)
 
@@ -288,7 +287,7 @@ class _Observer:
         statistics: dict[str, Any],
         inputs: tuple[Any, ...],
         bounds: tuple[int, int, int],
-        observed: Observed,
+        watched: Watched,
     ) -> tuple[Any, dict[str, Any]]:
         """Runs a part of the model on the images of a round and adds what they tell to the statistics.
 
@@ -300,17 +299,17 @@ class _Observer:
             The part's output, and the statistics with the images that count.
         """
         start, mesh = bounds[0], self.mesh
-        output, captured = run_captured(run, params, inputs, sites=observed.sites, mesh=mesh)
-        numbers = np.int32(self.seed), np.int32(start)
+        output, captured = run_captured(run, params, inputs, sites=watched.sites, mesh=mesh)
+        numbers = jax.random.key(self.seed), np.int32(start)
         if mesh is None:
-            batch = look(statistics, captured, params, *numbers, observed=observed)
-            return output, add(statistics, batch, observed=observed)
+            batch = look(statistics, captured, params, *numbers, watched=watched)
+            return output, add(statistics, batch, watched=watched)
         first, last = (np.int32(bound - start) for bound in bounds[1:])
         before = {}
-        if observed.with_outlines:
-            before = look_ahead(statistics, captured, params, first, last, observed=observed, mesh=mesh)
-        batches = look(before, captured, params, *numbers, observed=observed, mesh=mesh)
-        return output, add_all(statistics, batches, first, last, observed=observed, mesh=mesh)
+        if watched.with_outlines:
+            before = look_ahead(statistics, captured, params, first, last, watched=watched, mesh=mesh)
+        batches = look(before, captured, params, *numbers, watched=watched, mesh=mesh)
+        return output, add_all(statistics, batches, first, last, watched=watched, mesh=mesh)
 
 
 @partial(jax.jit, static_argnames=("architecture", "sam", "mesh"))
@@ -371,7 +370,7 @@ def observe_encoder(
     own = {stage.key: unflatten(below(stage.prefix, flat)) for stage in graph.stages}
     sites, statistics, shape = discover_stages(sam, params, own, recipe)
     # What observes a stage: the part of its rules and settings that its statistics depend on.
-    observers = {s: Observed(*relevant(of_stage, recipe.config), architecture) for s, of_stage in sites.items()}
+    observers = {s: Watched(*relevant(of_stage, recipe.config), architecture) for s, of_stage in sites.items()}
     if jax.process_count() > 1:
         cache = None
     # The parameters are part of the key: a transform may have rewritten those that the cache was entered with.
@@ -410,7 +409,7 @@ def observe_encoder(
     else:
         found = [embeddings[index] for index in range(count)]
     if cache is not None:
-        cache.passes[whole] = caching.Observed(statistics, list(found))
+        cache.passes[whole] = Observed(statistics, list(found))
     states: dict[str, Any] = {}
     rules: list[SiteRule] = []
     for stage in graph.stages:
@@ -460,25 +459,25 @@ def observe_decoder(
     held = embeddings.held if isinstance(embeddings, devices.Dealt) else embeddings.__getitem__
     sites: Sites = ()
     statistics: dict[str, Any] = {}
-    observed = Observed((), recipe.config, architecture)
+    watched = Watched((), recipe.config, architecture)
     whole: Any = ()
     decoder = observer.everywhere(decoder)
     for start, members in observer.rounds(prompts, 0):
         if not start:
             index, boxes = next(iter(members.items()))
             sites, statistics = discover(run, decoder, (held(index), None, jnp.asarray(boxes)), "", recipe)
-            observed = Observed(*relevant(sites, recipe.config), architecture)
+            watched = Watched(*relevant(sites, recipe.config), architecture)
             if cache is not None:
                 # Transforms change the parameters, and the encoder's pass the last bits of the embeddings.
-                whole = ("decoder", saved_state.fingerprint(decoder, embeddings), observed)
+                whole = ("decoder", saved_state.fingerprint(decoder, embeddings), watched)
                 if (known := cache.passes.get(whole)) is not None:
                     return finalize(known.statistics, sites, recipe.config, recipe.grid_bits)
             statistics = observer.everywhere(statistics)
         bounds = (start, start, min(start + observer.width, count))
         embedding, boxes = observer.inputs(start, {i: (held(i), np.asarray(b)) for i, b in members.items()})
-        _, statistics = observer.observe(run, decoder, statistics, (embedding, None, boxes), bounds, observed)
+        _, statistics = observer.observe(run, decoder, statistics, (embedding, None, boxes), bounds, watched)
     if observer.mesh is not None:
         statistics = devices.on_host(statistics)
     if cache is not None:
-        cache.passes[whole] = caching.Observed(statistics, [])
+        cache.passes[whole] = Observed(statistics, [])
     return finalize(statistics, sites, recipe.config, recipe.grid_bits)
