@@ -78,6 +78,15 @@ def rows_of(tree: Any) -> list[Any]:
     return [jax.tree.unflatten(structure, values) for values in zip(*map(parts, leaves), strict=True)]
 
 
+def settled(tree: Any) -> Any:
+    """Arrays before or after an exchange; on CPUs when they are there.
+
+    Virtual devices share the threads of a process, on one core few: one device's program can wait in an exchange for
+    another's that finds no thread, for good (MINI on two devices of one core; XLA ends the process after a minute).
+    """
+    return jax.block_until_ready(tree) if jax.default_backend() == "cpu" else tree
+
+
 def on_host(tree: Any) -> Any:
     """Arrays that are on every device, as arrays of this process alone."""
     return jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), tree)

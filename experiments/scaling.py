@@ -67,7 +67,7 @@ def _size(tree: Any) -> int:
 
 
 def _operations(unit: Unit, params: Any, args: tuple[Any, ...]) -> float:
-    analysis = jax.jit(unit.operation).lower(params, *args).cost_analysis()
+    analysis: Any = jax.jit(unit.operation).lower(params, *args).cost_analysis()
     return float(analysis["flops"])
 
 

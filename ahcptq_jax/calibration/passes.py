@@ -300,6 +300,8 @@ class _Observer:
         """
         start, mesh = bounds[0], self.mesh
         output, captured = run_captured(run, params, inputs, sites=watched.sites, mesh=mesh)
+        if mesh is not None:
+            devices.settled(captured)
         numbers = jax.random.key(self.seed), np.int32(start)
         if mesh is None:
             batch = look(statistics, captured, params, *numbers, watched=watched)
@@ -308,8 +310,9 @@ class _Observer:
         before = {}
         if watched.with_outlines:
             before = look_ahead(statistics, captured, params, first, last, watched=watched, mesh=mesh)
-        batches = look(before, captured, params, *numbers, watched=watched, mesh=mesh)
-        return output, add_all(statistics, batches, first, last, watched=watched, mesh=mesh)
+        before = devices.settled(before)
+        batches = devices.settled(look(before, captured, params, *numbers, watched=watched, mesh=mesh))
+        return output, devices.settled(add_all(statistics, batches, first, last, watched=watched, mesh=mesh))
 
 
 @partial(jax.jit, static_argnames=("architecture", "sam", "mesh"))

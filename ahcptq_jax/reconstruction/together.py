@@ -240,6 +240,7 @@ def advance(
         for slot in range(deal.slots):
             taken = _taken(store, places, (np.int32(step), np.int32(first), np.int32(slot)), key, **sizes)
             found.append(_gradient(problem, state, taken, np.int32(step), shared, **learn))
-        state, parts = _step(state, _summed(in_pairs(found), mesh=deal.mesh), config=config, mesh=deal.mesh)
+        total = devices.settled(_summed(devices.settled(in_pairs(found)), mesh=deal.mesh))
+        state, parts = _step(state, total, config=config, mesh=deal.mesh)
         losses = parts if losses is None else losses + parts
     return state, jnp.zeros(2) if losses is None else losses / (last - first)
