@@ -169,9 +169,9 @@ def _hluq_search(drawn: int | None) -> Callable[[bool], Work]:
         rows, width, out = (64, 32, 16) if toy else (4096, 3072, 768)
         x, weight = jax.nn.gelu(_normal(0, rows, width)), _normal(1, width, out) / width**0.5
         candidates = searches.hybrid_candidates(BITS)
-        state = searches.hybrid_init(candidates)
+        before = searches.range_init()
         picked = None if drawn is None else draw_rows(rows, min(drawn, rows // 2), jax.random.key(2))
-        return Work(lambda: searches.hybrid_update(state, x, weight, candidates, BITS, picked=picked))
+        return Work(lambda: searches.hybrid_of_batch(before, x, weight, candidates, BITS, picked=picked))
 
     return prepare
 

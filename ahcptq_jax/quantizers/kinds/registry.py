@@ -112,10 +112,6 @@ class Statistic:
     depends_on: Callable[[QuantConfig, bool], tuple[str, ...]]
     outline: Callable[[Any, Observation], Any] | None = None
 
-    def update(self, before: Any, observation: Observation, bits: int, settings: QuantConfig) -> Any:
-        """The state with one more batch."""
-        return self.merge(before, self.of_batch(before, observation, bits, settings))
-
 
 @dataclasses.dataclass(frozen=True)
 class ChannelGroups:

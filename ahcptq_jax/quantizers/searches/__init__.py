@@ -5,12 +5,13 @@ Calibration streams batches, so every activation search is a pure ``init / updat
 softmax losses are the official ``mean |error|^2.4``.
 """
 
+from ahcptq_jax.quantizers.searches.batches import summed as summed
 from ahcptq_jax.quantizers.searches.hybrid import HybridSearch as HybridSearch
 from ahcptq_jax.quantizers.searches.hybrid import HybridState as HybridState
 from ahcptq_jax.quantizers.searches.hybrid import hybrid_candidates as hybrid_candidates
 from ahcptq_jax.quantizers.searches.hybrid import hybrid_finalize as hybrid_finalize
 from ahcptq_jax.quantizers.searches.hybrid import hybrid_init as hybrid_init
-from ahcptq_jax.quantizers.searches.hybrid import hybrid_update as hybrid_update
+from ahcptq_jax.quantizers.searches.hybrid import hybrid_of_batch as hybrid_of_batch
 from ahcptq_jax.quantizers.searches.hybrid import search_hybrid as search_hybrid
 from ahcptq_jax.quantizers.searches.hybrid import search_hybrid_table as search_hybrid_table
 from ahcptq_jax.quantizers.searches.ranges import RangeState as RangeState

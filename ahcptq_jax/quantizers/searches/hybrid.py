@@ -77,36 +77,6 @@ def hybrid_init(candidates: np.ndarray) -> HybridState:
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "reach_maximum"))
-def hybrid_update(
-    state: HybridState,
-    x: jax.Array,
-    weight: jax.Array,
-    candidates: jax.Array,
-    bits: int,
-    reach_maximum: bool = False,
-    picked: jax.Array | None = None,
-) -> HybridState:
-    """Adds a batch to every candidate's loss ``mean((x_q W - x W)^2)``.
-
-    As in the official code, batch ``i`` is judged with the mean extremes of batches ``0..i``. The layer's bias
-    cancels.
-
-    Args:
-        state: from ``hybrid_init`` or an earlier update.
-        x: (..., in) inputs of the layer.
-        weight: (in, out).
-        candidates: (N, 2) pairs of range rate and grid rate.
-        bits: code width.
-        reach_maximum: see ``quantizers.hybrid_scales``.
-        picked: (M,) rows, whose losses alone are taken, all if None; the extremes always come from all.
-
-    Source: official ``HybridParamObserver``.
-    """
-    batch = hybrid_of_batch(state.range, x, weight, candidates, bits, reach_maximum, picked)
-    return summed(state, batch)
-
-
-@functools.partial(jax.jit, static_argnames=("bits", "reach_maximum"))
 def hybrid_of_batch(
     before: RangeState,
     x: jax.Array,
@@ -116,7 +86,22 @@ def hybrid_of_batch(
     reach_maximum: bool = False,
     picked: jax.Array | None = None,
 ) -> HybridState:
-    """The state of one batch alone, after batches with the extremes `before`; see `hybrid_update`."""
+    """The state of one batch alone: its extremes, and every candidate's loss ``mean((x_q W - x W)^2)``.
+
+    As in the official code, batch ``i`` is judged with the mean extremes of batches ``0..i``. The layer's bias
+    cancels. States of batches add up, see ``batches.summed``.
+
+    Args:
+        before: the extremes of the batches before it.
+        x: (..., in) inputs of the layer.
+        weight: (in, out).
+        candidates: (N, 2) pairs of range rate and grid rate.
+        bits: code width.
+        reach_maximum: see ``quantizers.hybrid_scales``.
+        picked: (M,) rows, whose losses alone are taken, all if None; the extremes always come from all.
+
+    Source: official ``HybridParamObserver``.
+    """
     own = extremes_of(x)
     extremes = summed(before, own)
     rows = jnp.asarray(x, jnp.float32).reshape(-1, x.shape[-1])
@@ -164,12 +149,9 @@ def search_hybrid_table(
     for x in nonempty(batches):
         if weight.ndim != 2 or x.shape[-1] != weight.shape[0]:
             raise ValueError(f"weight {weight.shape} must be (in, out) for inputs of shape {tuple(x.shape)}")
-        # A state without losses makes this batch's own losses the sum.
-        update = hybrid_update(
-            hybrid_init(candidates)._replace(range=state.range), x, weight, candidates, bits, reach_maximum
-        )
-        table.append(np.asarray(update.loss_sum))
-        state = HybridState(state.loss_sum + update.loss_sum, update.range)
+        batch = hybrid_of_batch(state.range, x, weight, candidates, bits, reach_maximum)
+        table.append(np.asarray(batch.loss_sum))
+        state = summed(state, batch)
     return hybrid_finalize(state, candidates, bits, reach_maximum)._replace(loss_table=np.array(table))
 
 

@@ -26,7 +26,7 @@ def quantizer_of(batches, **switches) -> Uniform:
     state = statistic.init(SHAPE, config.a_bits, config)
     for x in batches:
         observed = Observation(jax.random.key(0), activations=jnp.asarray(x))
-        state = statistic.update(state, observed, config.a_bits, config)
+        state = statistic.merge(state, statistic.of_batch(state, observed, config.a_bits, config))
     return statistic.finalize({"site": state}, config.a_bits, config)["site"]
 
 

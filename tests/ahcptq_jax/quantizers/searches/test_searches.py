@@ -181,7 +181,7 @@ def test_streamed_breakpoint_search_equals_the_batched_one(golden) -> None:
     candidates = searches.hybrid_candidates(4)
     state = searches.hybrid_init(candidates)
     for i, x in enumerate(g["x"]):
-        state = searches.hybrid_update(state, x, g["weight"].T, candidates, 4)
+        state = searches.summed(state, searches.hybrid_of_batch(state.range, x, g["weight"].T, candidates, 4))
         np.testing.assert_allclose(state.range.minimum, g["running_min"][i], rtol=1e-6)
         np.testing.assert_allclose(state.range.maximum, g["running_max"][i], rtol=1e-6)
     streamed = searches.hybrid_finalize(state, candidates, 4)
@@ -191,7 +191,7 @@ def test_streamed_breakpoint_search_equals_the_batched_one(golden) -> None:
     # Part of the rows: the extremes are those of all of them, the losses nearly so.
     x = g["x"][0]
     half = jnp.arange(0, x.size // x.shape[-1], 2)
-    part = searches.hybrid_update(searches.hybrid_init(candidates), x, g["weight"].T, candidates, 4, picked=half)
+    part = searches.hybrid_of_batch(searches.range_init(), x, g["weight"].T, candidates, 4, picked=half)
     assert part.range.minimum == g["running_min"][0]
     np.testing.assert_allclose(part.loss_sum, g["loss_table"][0], rtol=0.5)
 
@@ -201,7 +201,7 @@ def test_breakpoint_losses_of_drawn_rows() -> None:
     x[5] *= 4.0  # The extremes are in a row that is not drawn.
     candidates = searches.hybrid_candidates(4)
     picked = jnp.array([0, 2, 9, 40])
-    state = searches.hybrid_update(searches.hybrid_init(candidates), x, weight, candidates, 4, picked=picked)
+    state = searches.hybrid_of_batch(searches.range_init(), x, weight, candidates, 4, picked=picked)
     assert state.range.maximum == x.max()
     errors = []
     for range_rate, grid_rate in candidates:
