@@ -78,6 +78,10 @@ def fit(
     feed = Feeder(data, config.chunk, deal, config.memory_budget // 2)
     # Settings that do not influence a step are set to their defaults, so that they do not compile it again.
     static = dataclasses.replace(config.result_settings(), seed=0, parts=ReconstructionConfig().parts)
+    how = learning.Learning(unit.operation, objective.loss, static, ending.grid_bits)
+    advance = learning.advance if config.batch == 1 else partial(together.advance, deal=deal)
+    advance = partial(advance, how=how)
+    problem, shared = devices.replicated((problem, objective.shared), deal.mesh)
     bar.set_description(unit.name)
     bar.update(first)
     saved = time.monotonic()
@@ -85,29 +89,18 @@ def fit(
         if chunk.first > first and time.monotonic() - saved >= config.save_seconds:
             folder.save_partial(unit, state, chunk.first)
             saved = time.monotonic()
-        if chunk.rungs and deal.mesh is not None:
-            state = devices.on_host(state)
+        if chunk.rungs:
+            state = devices.on_host(state, deal.mesh)
         for wanted in chunk.rungs:
             state = regroup(state, wanted, ending.groups, ending.metric)
         if chunk.first == chunk.last:
             break
-        rows = np.resize(drawn[chunk.first : chunk.last], (feed.chunk, config.batch))
-        store, places = feed(rows)
-        learn = partial(
-            learning.advance if config.batch == 1 else partial(together.advance, deal=deal),
-            operation=unit.operation,
-            loss=objective.loss,
-            config=static,
-            grid_bits=ending.grid_bits,
-        )
+        store, places = feed(np.resize(drawn[chunk.first : chunk.last], (feed.chunk, config.batch)))
         ends = np.int32(chunk.first), np.int32(chunk.last)
-        if deal.mesh is not None:
-            problem, state, shared = devices.replicated((problem, state, objective.shared), deal.mesh)
-        else:
-            shared = objective.shared
-        state, losses = learn(problem, state, store, places, *ends, step_key, shared)
+        state = devices.replicated(state, deal.mesh)
+        state, losses = advance(problem, state, store, places, *ends, step_key, shared)
         _show(bar, chunk.last - chunk.first, losses)
-    return state if deal.mesh is None else devices.on_host(state)
+    return devices.on_host(state, deal.mesh)
 
 
 def _chunks(first: int, config: ReconstructionConfig, groups: int, chunk: int) -> Iterator[_Chunk]:

@@ -157,6 +157,23 @@ def start(
 Losses = jax.Array  # (2,)
 
 
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """What an iteration runs, and how it learns. Hashable: a static argument of the compiled step.
+
+    Attributes:
+        operation: the unit.
+        loss: of its output.
+        config: how to learn.
+        grid_bits: not 0 puts the quantizers on a grid of so many bits in every forward; what is learned stays off it.
+    """
+
+    operation: Operation
+    loss: Loss
+    config: ReconstructionConfig
+    grid_bits: int = 0
+
+
 def total(
     problem: Problem,
     rounding: dict,
@@ -166,10 +183,7 @@ def total(
     seeds: jax.Array,
     step: jax.Array,
     shared: Any,
-    operation: Operation,
-    loss: Loss,
-    config: ReconstructionConfig,
-    grid_bits: int,
+    how: Learning,
 ) -> tuple[jax.Array, Losses]:
     """What an iteration minimises on its batch, and its two parts.
 
@@ -177,6 +191,7 @@ def total(
         batch: as the rows of `advance`'s store, (b, ...).
         seeds: (inputs + quantizers, 2), of its drops.
     """
+    config = how.config
     inputs, original, target, context = batch
     mixed = zip(seeds[: len(inputs)], inputs, original, strict=True)
     args = [mix(seed, q, o, config.input_drop) for seed, q, o in mixed]
@@ -185,11 +200,11 @@ def total(
         for layer, alpha in rounding.items()
     }
     params = unflatten(flatten(problem.params) | kernels)
-    current = {path: on_grid(q, grid_bits) for path, q in _with_scales(quantizers, scales).items()}
+    current = {path: on_grid(q, how.grid_bits) for path, q in _with_scales(quantizers, scales).items()}
     handler = dropping(current, seeds[len(inputs) :], config.activation_drop)
     with intercept_sites(handler):
-        output = operation(params, *args)
-    error = loss(output, target, context, shared)
+        output = how.operation(params, *args)
+    error = how.loss(output, target, context, shared)
     done = step + 1
     beta = adaround.temperature(done, config.iterations, config.warmup, config.beta_start, config.beta_end)
     warm = done >= config.warmup * config.iterations
@@ -223,7 +238,7 @@ def stepped(state: State, gradients: tuple[dict, dict], config: ReconstructionCo
     return State(rounding, _with_scales(state.quantizers, scales), rounding_moments, scale_moments)
 
 
-@partial(jax.jit, static_argnames=("operation", "loss", "config", "grid_bits"), donate_argnames="state")
+@partial(jax.jit, static_argnames="how", donate_argnames="state")
 @in_float32
 def advance(
     problem: Problem,
@@ -235,10 +250,7 @@ def advance(
     key: jax.Array,
     shared: Any = (),
     *,
-    operation: Operation,
-    loss: Loss,
-    config: ReconstructionConfig,
-    grid_bits: int = 0,
+    how: Learning,
 ) -> tuple[State, Losses]:
     """Iterations `first` to `last - 1` of a unit's reconstruction, with one image each.
 
@@ -248,10 +260,7 @@ def advance(
         first, last: traced, at most `chunk` apart: stages of any length are one program.
         key: of the unit; iterations derive theirs from it.
         shared: what the loss looks at besides its rows, see `objectives.Objective`.
-        operation: the unit.
-        loss: of its output.
-        config: how to learn.
-        grid_bits: not 0 puts the quantizers on a grid of so many bits in every forward; what is learned stays off it.
+        how: the unit, and how it is learned.
 
     Returns:
         The new state, and the mean over the iterations of the losses.
@@ -260,16 +269,14 @@ def advance(
     def of_row(rounding: dict, scales: dict, quantizers: dict, step: jax.Array, row: jax.Array) -> Any:
         batch = jax.tree.map(lambda a: a[row], store)
         drops = seeds(key, step, len(batch[0]) + len(quantizers))
-        return total(
-            problem, rounding, scales, quantizers, batch, drops, step, shared, operation, loss, config, grid_bits
-        )
+        return total(problem, rounding, scales, quantizers, batch, drops, step, shared, how)
 
     def iterate(step: jax.Array, carry: tuple[State, Losses]) -> tuple[State, Losses]:
         state, losses = carry
         gradients, parts = jax.grad(of_row, argnums=(0, 1), has_aux=True)(
-            *learned(state, config), state.quantizers, step, places[step - first]
+            *learned(state, how.config), state.quantizers, step, places[step - first]
         )
-        return stepped(state, gradients, config), losses + parts
+        return stepped(state, gradients, how.config), losses + parts
 
     # Not a scan over the chunk: a loop with traced ends needs no second program for a shorter chunk.
     state, losses = jax.lax.fori_loop(first, last, iterate, (state, jnp.zeros(2)))

@@ -19,11 +19,9 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from ahcptq_jax import devices
-from ahcptq_jax.architectures.base import Operation
 from ahcptq_jax.devices import AXIS, BY_IMAGE, EVERYWHERE, spread
 from ahcptq_jax.reconstruction import learning
 from ahcptq_jax.reconstruction.config import ReconstructionConfig
-from ahcptq_jax.reconstruction.objectives import Loss
 from sam_flax.errors import InputError
 from sam_flax.layers import in_float32
 
@@ -124,7 +122,7 @@ def _taken(
     return spread(of_device, mesh, shares, BY_IMAGE)(store, places, numbers, key)
 
 
-@partial(jax.jit, static_argnames=("operation", "loss", "config", "grid_bits", "mesh"))
+@partial(jax.jit, static_argnames=("how", "mesh"))
 @in_float32
 def _gradient(
     problem: learning.Problem,
@@ -133,10 +131,7 @@ def _gradient(
     step: jax.Array,
     shared: Any,
     *,
-    operation: Operation,
-    loss: Loss,
-    config: ReconstructionConfig,
-    grid_bits: int,
+    how: learning.Learning,
     mesh: Mesh | None,
 ) -> jax.Array:
     """The gradients of what every device has `taken`, and its losses, as one vector a device (devices, n)."""
@@ -145,22 +140,9 @@ def _gradient(
         row, (seeds,) = taken
 
         def total(rounding: dict, scales: dict) -> tuple[jax.Array, jax.Array]:
-            return learning.total(
-                problem,
-                rounding,
-                scales,
-                state.quantizers,
-                row,
-                seeds,
-                step,
-                shared,
-                operation=operation,
-                loss=loss,
-                config=config,
-                grid_bits=grid_bits,
-            )
+            return learning.total(problem, rounding, scales, state.quantizers, row, seeds, step, shared, how)
 
-        gradients, losses = jax.grad(total, argnums=(0, 1), has_aux=True)(*learning.learned(state, config))
+        gradients, losses = jax.grad(total, argnums=(0, 1), has_aux=True)(*learning.learned(state, how.config))
         return jnp.concatenate([ravel_pytree(gradients)[0], losses])[None]
 
     if mesh is None:
@@ -225,22 +207,18 @@ def advance(
     shared: Any = (),
     *,
     deal: Deal,
-    operation: Operation,
-    loss: Loss,
-    config: ReconstructionConfig,
-    grid_bits: int = 0,
+    how: learning.Learning,
 ) -> tuple[learning.State, jax.Array]:
     """Iterations `first` to `last - 1`; as `learning.advance`, with `store` and `places` as `_taken` takes them."""
     losses: jax.Array | None = None
     drops = len(store[0]) + len(state.quantizers)
-    sizes = {"batch": config.batch, "slots": deal.slots, "drops": drops, "mesh": deal.mesh}
-    learn = {"operation": operation, "loss": loss, "config": config, "grid_bits": grid_bits, "mesh": deal.mesh}
+    sizes = {"batch": deal.batch, "slots": deal.slots, "drops": drops, "mesh": deal.mesh}
     for step in range(first, last):
         found = []
         for slot in range(deal.slots):
             taken = _taken(store, places, (np.int32(step), np.int32(first), np.int32(slot)), key, **sizes)
-            found.append(_gradient(problem, state, taken, np.int32(step), shared, **learn))
+            found.append(_gradient(problem, state, taken, np.int32(step), shared, how=how, mesh=deal.mesh))
         total = devices.settled(_summed(devices.settled(in_pairs(found)), mesh=deal.mesh))
-        state, parts = _step(state, total, config=config, mesh=deal.mesh)
+        state, parts = _step(state, total, config=how.config, mesh=deal.mesh)
         losses = parts if losses is None else losses + parts
     return state, jnp.zeros(2) if losses is None else losses / (last - first)

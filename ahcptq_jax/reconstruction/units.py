@@ -194,9 +194,8 @@ class Feeder:
         # Equally many for every device, whatever it has.
         have = max(sum(map(len, deal.of_device(place))) for place in range(deal.batch // deal.slots))
         self._limit = min(have, self.chunk * deal.slots) if data.on_disk else have
-        self._whole: Any = None
-        if not data.on_disk:
-            self._whole = self._handed([np.concatenate(slots) for slots in self._rows])
+        self._all = [np.concatenate(slots) for slots in self._rows]
+        self._whole = None if data.on_disk else self._handed(self._all)
 
     def __call__(self, drawn: Int[np.ndarray, "chunk batch"]) -> tuple[Any, Int[Array, "..."]]:
         """The rows (M, b, ...) of all devices, and the place of each wanted row among those of its device.
@@ -212,10 +211,8 @@ class Feeder:
             first = place * self._deal.slots
             of_slots = [rows[drawn[:, first + slot]] for slot, rows in enumerate(slots)]
             taken.append(np.stack(of_slots, axis=1))  # (chunk, slots) rows of the data
-        if self._whole is not None:
-            wanted = [np.concatenate(slots) for slots in self._rows]
-            store = self._whole
-        else:
+        wanted, store = self._all, self._whole
+        if store is None:
             wanted = [np.unique(rows) for rows in taken]
             store = self._handed(wanted)
         places = [_places(rows, of_device) for rows, of_device in zip(taken, wanted, strict=True)]

@@ -81,9 +81,7 @@ def _step(operation: Operation, prefix: str, store: Store, loss_axis: int) -> Ca
             jnp.int32(done),
             jnp.int32(done + 1),
             jax.random.key(0),
-            operation=operation,
-            loss=LocalError(loss_axis),
-            config=LEARNING,
+            how=learning.Learning(operation, LocalError(loss_axis), LEARNING),
         )
         done += 1
         return losses

@@ -97,9 +97,7 @@ def learned_scale(unit: float, **changes) -> float:
         jnp.int32(0),
         jnp.int32(20),
         jax.random.key(0),
-        operation=units.Operation(Linear(4, 3, parent=None)),
-        loss=LocalError(1),
-        config=config,
+        how=learning.Learning(units.Operation(Linear(4, 3, parent=None)), LocalError(1), config),
     )
     return float(state.quantizers["input"].scale)
 

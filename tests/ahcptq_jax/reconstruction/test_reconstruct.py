@@ -346,9 +346,7 @@ def test_loss_is_the_papers(sam, params, calibrated, power):
         jnp.int32(0),
         jnp.int32(3),
         jax.random.key(0),
-        operation=unit.operation,
-        loss=LocalError(unit.loss_axis, power),
-        config=config,
+        how=learning.Learning(unit.operation, LocalError(unit.loss_axis, power), config),
     )
     np.testing.assert_allclose(losses, [expected, 0], rtol=1e-4)
 
@@ -370,9 +368,7 @@ def test_the_regularizer_is_on_after_the_warm_up(sam, params, calibrated):
             jnp.int32(first),
             jnp.int32(last),
             jax.random.key(0),
-            operation=unit.operation,
-            loss=LocalError(unit.loss_axis),
-            config=config,
+            how=learning.Learning(unit.operation, LocalError(unit.loss_axis), config),
         )
         return float(losses[1])
 
