@@ -45,8 +45,10 @@ def spread(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any) 
     return shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_rep=False)
 
 
-def replicated(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process has, on every device of the mesh."""
+def replicated(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that every process has, on every device of the mesh; as they are where there is none."""
+    if mesh is None:
+        return tree
 
     def put(value: Any) -> jax.Array:
         if isinstance(value, jax.Array) and value.sharding == NamedSharding(mesh, EVERYWHERE):
@@ -87,8 +89,10 @@ def settled(tree: Any) -> Any:
     return jax.block_until_ready(tree) if jax.default_backend() == "cpu" else tree
 
 
-def on_host(tree: Any) -> Any:
-    """Arrays that are on every device, as arrays of this process alone."""
+def on_host(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that `replicated` has put on a mesh, as arrays of this process alone."""
+    if mesh is None:
+        return tree
     return jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), tree)
 
 

@@ -34,6 +34,11 @@ class SiteRule(NamedTuple):
         """Whether it is the softmax of an attention."""
         return self.path.endswith("/softmax")
 
+    @property
+    def seen(self) -> str:
+        """The path of the site whose values the statistic looks at: of a softmax what it is made of."""
+        return self.path.removesuffix("softmax") + "operands" if self.is_attention else self.path
+
 
 def relevant(rules: Iterable[SiteRule], settings: QuantConfig) -> tuple[tuple[SiteRule, ...], QuantConfig]:
     """The rules and settings with defaults for all that their statistics do not depend on.
@@ -79,11 +84,6 @@ def init_statistics(rule: SiteRule, shape: tuple[int, ...], settings: QuantConfi
     return kind_named(rule.kind).statistic.init(shape, rule.bits, settings)
 
 
-def seen_by(rules: Iterable[SiteRule]) -> tuple[str, ...]:
-    """The paths of the sites whose values statistics look at: of a softmax what it is made of."""
-    return tuple(r.path.removesuffix("softmax") + "operands" if r.is_attention else r.path for r in rules)
-
-
 def outlines(
     states: Mapping[str, Any],
     rules: Iterable[SiteRule],
@@ -116,7 +116,7 @@ def batch_statistics(
     Args:
         before: the states after the batches before it, at least of the sites that have outlines.
         rules: the sites'.
-        captured: what the sites that `seen_by` names saw in the batch, by path.
+        captured: what the sites saw in the batch, by `SiteRule.seen`.
         params: the part's, for statistics that look at the kernel behind a site.
         key: for random choices.
         settings: the statistics'.
@@ -141,7 +141,7 @@ def _observation(
 ) -> Observation:
     """What the statistic of a site is given of a batch."""
     if rule.is_attention:
-        operands = captured[rule.path.removesuffix("softmax") + "operands"]
+        operands = captured[rule.seen]
         return Observation(key, attention=lambda queries: attention_map(architecture, operands, queries, key))
     layer = rule.path.removesuffix("/input")
     kernel = _kernel_of(params, layer) if layer != rule.path else None

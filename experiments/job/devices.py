@@ -14,13 +14,12 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
+from ahcptq_jax.devices import BY_IMAGE, row
 from sam_flax import SamModel, SamPredictor
 from sam_flax.errors import InputError
 from sam_flax.predictor import MaskModel
-
-AXIS = "images"
 
 
 def define_flags() -> None:
@@ -80,9 +79,9 @@ def _on_device(model: MaskModel, device: jax.Device) -> MaskModel:
 
 def shares(count: int) -> list[range]:
     """Which of `count` images each local device has, in the order of `jax.local_devices()`."""
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    mesh = row()
     padded = -(-count // mesh.size) * mesh.size
-    placed = NamedSharding(mesh, PartitionSpec(AXIS)).devices_indices_map((padded,))
+    placed = NamedSharding(mesh, BY_IMAGE).devices_indices_map((padded,))
     return [range(*placed[device][0].indices(count)) for device in jax.local_devices()]
 
 

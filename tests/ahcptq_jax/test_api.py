@@ -14,7 +14,7 @@ from ahcptq_jax import METHODS, W4A4, QuantConfig, quantize
 from ahcptq_jax.architectures import sam_vit
 from ahcptq_jax.architectures.base import Operation
 from ahcptq_jax.architectures.sites import flatten, intercept_sites, unflatten
-from ahcptq_jax.calibration import passes, statistics
+from ahcptq_jax.calibration import passes, rounds, statistics
 from ahcptq_jax.calibration.images import prepare
 from ahcptq_jax.quantizers import Grouped, Hybrid, Log2, Uniform, searches
 from ahcptq_jax.quantizers.kinds import grouped as grouped_kind
@@ -453,18 +453,18 @@ def test_blocks_of_a_kind_share_one_compilation(tiny, w4a4, canvas, monkeypatch)
     two_images = jnp.zeros((2, sam.config.grid, sam.config.grid, sam.config.embed_dim))  # at once, as in no other test
     others = dataclasses.replace(MINMAX, seed=5, w_bits=5, a_bits=5, groups=2)
     doubled = jax.tree.map(lambda a: jnp.asarray(2 * np.asarray(a)), params)
-    before, counts = passes.run_captured._cache_size(), []
+    before, counts = rounds.run_captured._cache_size(), []
     monkeypatch.setattr(sam_vit.SamVit, "embed", lambda *_: two_images)
     for weights, images, config in ((params, 1, MINMAX), (doubled, 2, others)):
         passes.observe_encoder(sam, weights, [np.asarray(canvas[0])] * images, recipe_of(sam_vit.SAM_VIT, config))
-        counts.append(passes.run_captured._cache_size() - before)
+        counts.append(rounds.run_captured._cache_size() - before)
     assert counts == [3, 3]
     monkeypatch.undo()
     # The decoder, whose program other tests have, is one for all images and seeds.
     quantize(params, pictures(), MINMAX, sam=sam)
-    before = passes.run_captured._cache_size()
+    before = rounds.run_captured._cache_size()
     quantize(params, pictures(2, seed=1), dataclasses.replace(MINMAX, seed=5, w_bits=5, groups=2), sam=sam)
-    assert passes.run_captured._cache_size() == before
+    assert rounds.run_captured._cache_size() == before
 
     two = jnp.concatenate([canvas, canvas + 1])  # as many as in no other test
     before = quantized_module._apply._cache_size()

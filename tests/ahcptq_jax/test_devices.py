@@ -212,8 +212,8 @@ def test_what_batches_tell_is_merged_in_any_grouping(kind: str, act_range: str) 
     empty = statistic.init((1, 3, 4, 8), 4, settings)
     one_by_one = empty
     for observed in seen:
-        one_by_one = statistic.update(one_by_one, observed, 4, settings)
-    start = statistic.update(empty, seen[0], 4, settings)
+        one_by_one = statistic.merge(one_by_one, statistic.of_batch(one_by_one, observed, 4, settings))
+    start = statistic.merge(empty, statistic.of_batch(empty, seen[0], 4, settings))
     outlines = [statistic.outline(empty, observed) if statistic.outline else None for observed in seen]
     batches = []
     for index in (1, 2, 3):

@@ -14,7 +14,7 @@ import pytest
 
 from ahcptq_jax.api import quantize_model
 from ahcptq_jax.architectures import architecture_named
-from ahcptq_jax.calibration import passes
+from ahcptq_jax.calibration import rounds
 from ahcptq_jax.calibration import weights as weights_module
 from ahcptq_jax.calibration.cache import StatisticsCache
 from ahcptq_jax.calibration.statistics import SiteRule, batch_statistics, init_statistics, relevant
@@ -51,7 +51,7 @@ def whole(setting: Any) -> Quantized:
 def stages_run(monkeypatch: pytest.MonkeyPatch, until: int | None = None) -> list[int]:
     """Counts the parts of the model that are run; `until` lets the run be killed at that one."""
     count = [0]
-    observe = passes.run_captured
+    observe = rounds.run_captured
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         count[0] += 1
@@ -59,7 +59,7 @@ def stages_run(monkeypatch: pytest.MonkeyPatch, until: int | None = None) -> lis
             raise Killed
         return observe(*args, **kwargs)
 
-    monkeypatch.setattr(passes, "run_captured", counting)
+    monkeypatch.setattr(rounds, "run_captured", counting)
     return count
 
 
