@@ -21,11 +21,12 @@ jaxtyping.install_import_hook([f"sam_flax.{name}" for name in CHECKED], "beartyp
 CHECKED_QUANTIZATION = (
     "architectures",
     "calibration",
+    "devices",
     "methods",
     *("quantizers." + name for name in ("base", "cost", "grouped", "hybrid", "kinds", "log2", "searches", "uniform")),
     "recipe",
     *("reconstruction." + name for name in ("adaround", "drops", "fit", "folder", "learning", "objectives")),
-    *("reconstruction." + name for name in ("regrouping", "units")),
+    *("reconstruction." + name for name in ("regrouping", "together", "units")),
     "runtime",
     "transforms",
 )

@@ -201,8 +201,8 @@ def advance(
     state: learning.State,
     store: Any,
     places: jax.Array,
-    first: int,
-    last: int,
+    first: np.int32,
+    last: np.int32,
     key: jax.Array,
     shared: Any = (),
     *,
@@ -213,11 +213,11 @@ def advance(
     losses: jax.Array | None = None
     drops = len(store[0]) + len(state.quantizers)
     sizes = {"batch": deal.batch, "slots": deal.slots, "drops": drops, "mesh": deal.mesh}
-    for step in range(first, last):
+    for step in np.arange(first, last, dtype=np.int32):
         found = []
         for slot in range(deal.slots):
-            taken = _taken(store, places, (np.int32(step), np.int32(first), np.int32(slot)), key, **sizes)
-            found.append(_gradient(problem, state, taken, np.int32(step), shared, how=how, mesh=deal.mesh))
+            taken = _taken(store, places, (step, first, np.int32(slot)), key, **sizes)
+            found.append(_gradient(problem, state, taken, step, shared, how=how, mesh=deal.mesh))
         total = devices.settled(_summed(devices.settled(in_pairs(found)), mesh=deal.mesh))
         state, parts = _step(state, total, config=how.config, mesh=deal.mesh)
         losses = parts if losses is None else losses + parts
