@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ahcptq_jax.architectures.base import ATTENTION_SITES
 from ahcptq_jax.formats.onnx.encoding import Coded, decode, encode, is_uniform, right_type, softmax_levels
 from ahcptq_jax.formats.onnx.graph import FLOAT, INT8, UINT8, Graph, value
 from ahcptq_jax.formats.onnx.layers import Context, linear, rescaled_product, rounded
+from ahcptq_jax.formats.onnx.windows import Windows
 from ahcptq_jax.quantizers.base import Quantizer
 from sam_flax.config import SamConfig
 
@@ -136,30 +138,25 @@ def attend(
 def encoder_attention(context: Context, config: SamConfig, x: str, path: str, window: int) -> str:
     """Self-attention of tokens (g*g, D) in rows of the grid, in windows or (window 0) all together -> (g*g, D)."""
     graph, sites = context.graph, sites_of(context, path)
-    grid, dim, heads = config.grid, config.embed_dim, config.num_heads
-    side = window or grid
-    rows = -(-grid // side)
-    count, tokens, width = rows * rows, side * side, dim // heads
+    dim, heads = config.embed_dim, config.num_heads
+    windows = Windows(config.grid, window or config.grid, heads, dim // heads)
     operands, fill = encoder_projections(context, x, path, sites, dim)
+    q, k, v = operands_in_windows(context, operands, fill, windows)
+    biases = _relative_biases(context, q.values(graph), path, windows)
+    out = attend_in_parts(context, path, sites, (q, k, v), windows, windows.tokens, biases)
+    return linear(context, windows.join(graph, out), f"{path}/proj")
 
-    def windows(operand: Operand, part: int) -> Operand:  # (g*g, D) -> (windows, tokens, heads, width)
-        y = graph.reshape(operand.name, grid, grid, dim)
-        if rows * side > grid:
-            y = _pad(graph, y, fill(part), grid, rows * side - grid)
-        y = graph.reshape(y, rows, side, rows, side, dim)
-        return operand.renamed(graph.reshape(graph.transpose(y, 0, 2, 1, 3, 4), count, tokens, heads, width))
 
-    q, k, v = (windows(operand, part) for part, operand in enumerate(operands))
-    q = q.renamed(graph.transpose(q.name, 0, 2, 1, 3))  # (windows, heads, tokens, width)
-    k = k.renamed(graph.transpose(k.name, 0, 2, 3, 1))
-    v = v.renamed(graph.transpose(v.name, 0, 2, 1, 3))
-    bias_h, bias_w = _relative_biases(context, q.values(graph), path, (count, heads, side, width))
-    out = _attend_in_parts(context, path, sites, (q, k, v), (bias_h, bias_w), (count, heads, side, width))
-    out = graph.reshape(out, rows, rows, heads, side, side, width)
-    out = graph.reshape(graph.transpose(out, 0, 3, 1, 4, 2, 5), rows * side, rows * side, dim)
-    if rows * side > grid:
-        out = graph.node("Slice", out, graph.shape(0, 0), graph.shape(grid, grid), graph.shape(0, 1))
-    return linear(context, graph.reshape(out, grid * grid, dim), f"{path}/proj")
+def operands_in_windows(
+    context: Context, operands: Sequence[Operand], fill: Callable[[int], str], windows: Windows
+) -> tuple[Operand, Operand, Operand]:
+    """What `encoder_projections` gives, as `attend` takes it: q and v (count, heads, N, d), k (count, heads, d, N)."""
+    graph = context.graph
+    q, k, v = (
+        operand.renamed(graph.transpose(windows.cut(graph, operand.name, partial(fill, part)), *order))
+        for part, (operand, order) in enumerate(zip(operands, ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3)), strict=True))
+    )
+    return q, k, v
 
 
 def encoder_projections(
@@ -211,91 +208,98 @@ def encoder_projections(
     return operands, padding_values
 
 
-def _pad(graph: Graph, x: str, fill: str, grid: int, more: int) -> str:
-    """(g, g, D) -> (g + more, g + more, D), the new ones being `fill` (D,)."""
-    dim_of_fill = graph.node("Shape", fill)
-    beside = graph.node("Expand", fill, graph.node("Concat", graph.shape(grid, more), dim_of_fill, axis=0))
-    below = graph.node("Expand", fill, graph.node("Concat", graph.shape(more, grid + more), dim_of_fill, axis=0))
-    return graph.node("Concat", graph.node("Concat", x, beside, axis=1), below, axis=0)
-
-
-def _relative_biases(context: Context, q: str, path: str, sizes: tuple[int, int, int, int]) -> tuple[str, str]:
-    """Biases of queries (windows, heads, tokens, width) on rows and columns: two of (windows, heads, tokens, side)."""
+def _relative_biases(context: Context, q: str, path: str, windows: Windows) -> tuple[str, str]:
+    """Biases of queries (count, heads, tokens, width) on rows and columns: two of (count, heads, tokens, side)."""
     graph = context.graph
-    count, heads, side, width = sizes
+    count, heads, side = windows.count, windows.heads, windows.side
     index = graph.constant(np.arange(side)[:, None] - np.arange(side)[None, :] + side - 1, np.int64)
 
     def positions(axis: str) -> str:  # (side, width, side)
         table = context.parameter(f"{path}/rel_pos_{axis}")
         return graph.transpose(graph.node("Gather", table, index, axis=0), 0, 2, 1)
 
-    grid = graph.reshape(q, count, heads, side, side, width)
+    grid = graph.reshape(q, count, heads, side, side, windows.width)
     bias_h = graph.node("MatMul", grid, positions("h"))
     columns = graph.node("MatMul", graph.transpose(grid, 0, 1, 3, 2, 4), positions("w"))
     bias_w = graph.transpose(columns, 0, 1, 3, 2, 4)
     return graph.reshape(bias_h, count, heads, side * side, side), graph.reshape(bias_w, count, heads, side**2, side)
 
 
-def _attend_in_parts(
+def attend_in_parts(
     context: Context,
     path: str,
     sites: Sites,
     operands: tuple[Operand, Operand, Operand],
-    biases: tuple[str, str],
-    sizes: tuple[int, int, int, int],
+    windows: Windows,
+    rows: int,
+    biases: tuple[str, str] | None = None,
 ) -> str:
-    """`attend` for all windows -> (windows, heads, tokens, width), a part of them or of the queries at a time."""
+    """`attend` for all windows, a part of them or of the queries at a time.
+
+    Args:
+        context: where.
+        path: of the attention.
+        sites: its quantizers.
+        operands: from `operands_in_windows`; of queries there may be fewer than tokens.
+        windows: of the keys.
+        rows: queries of a window.
+        biases: of queries on the rows and on the columns of a window, each (count, heads, rows, side).
+
+    Returns:
+        float32 (count, heads, rows, width).
+    """
     graph = context.graph
-    count, heads, side, width = sizes
-    tokens = side * side
-    axis, parts = divide(count, heads, tokens, context.model.part_bytes)
-    windows, queries = (count // parts, tokens) if axis == 0 else (count, tokens // parts)
+    count, heads, width, keys, side = windows.count, windows.heads, windows.width, windows.tokens, windows.side
+    axis, parts = divide(count, heads, rows, keys, context.model.part_bytes)
+    some, queries = (count // parts, rows) if axis == 0 else (count, rows // parts)
 
-    def attend_part(inner: Context, q: Operand, k: Operand, v: Operand, bias_h: str, bias_w: str) -> str:
+    def attend_part(inner: Context, q: Operand, k: Operand, v: Operand, *biases: str) -> str:
         def add_biases(graph: Graph, scores: str) -> str:
-            grid = graph.reshape(scores, windows, heads, queries, side, side)
-            grid = graph.node("Add", grid, graph.reshape(bias_h, windows, heads, queries, side, 1))
-            grid = graph.node("Add", grid, graph.reshape(bias_w, windows, heads, queries, 1, side))
-            return graph.reshape(grid, windows, heads, queries, tokens)
+            bias_h, bias_w = biases
+            grid = graph.reshape(scores, some, heads, queries, side, side)
+            grid = graph.node("Add", grid, graph.reshape(bias_h, some, heads, queries, side, 1))
+            grid = graph.node("Add", grid, graph.reshape(bias_w, some, heads, queries, 1, side))
+            return graph.reshape(grid, some, heads, queries, keys)
 
-        return attend(inner, path, sites, q, k, v, width, add_biases)
+        return attend(inner, path, sites, q, k, v, width, add_biases if biases else None)
 
     if parts == 1:
-        return attend_part(context, *operands, *biases)
+        return attend_part(context, *operands, *(biases or ()))
 
     body, taken = Graph(graph), []
 
-    def part_of(operand: Operand, rows: int, columns: int) -> Operand:  # (windows, heads, rows, columns)
-        part = (windows, heads, rows, columns) if axis == 0 else (count, heads, queries, columns)
+    def part_of(operand: Operand, height: int, columns: int) -> Operand:  # (count, heads, height, columns)
+        part = (some, heads, height, columns) if axis == 0 else (count, heads, queries, columns)
         stacked = graph.reshape(operand.name, *part[:axis], parts, *part[axis:])
         entry = body.name("part")
         taken.append((stacked, value(entry, operand.dtype, part)))
         return operand.renamed(entry)
 
     q, k, v = operands
-    q = part_of(q, tokens, width)
+    q = part_of(q, rows, width)
     if axis == 0:
-        k, v = part_of(k, width, tokens), part_of(v, tokens, width)
-    bias_h, bias_w = (part_of(Operand(bias), tokens, side).name for bias in biases)
-    given = attend_part(context.inside(body), q, k, v, bias_h, bias_w)
-    stacked = graph.scan(body, taken, value(given, FLOAT, (windows, heads, queries, width)), axis)
-    return graph.reshape(stacked, count, heads, tokens, width)
+        k, v = part_of(k, width, keys), part_of(v, keys, width)
+    parts_of_biases = [part_of(Operand(bias), rows, side).name for bias in biases or ()]
+    given = attend_part(context.inside(body), q, k, v, *parts_of_biases)
+    stacked = graph.scan(body, taken, value(given, FLOAT, (some, heads, queries, width)), axis)
+    return graph.reshape(stacked, count, heads, rows, width)
 
 
-def divide(count: int, heads: int, tokens: int, part_bytes: int) -> tuple[int, int]:
+def divide(count: int, heads: int, queries: int, keys: int, part_bytes: int) -> tuple[int, int]:
     """Along which axis, windows (0) or queries (2), and in how many parts attention maps are made.
 
     Args:
         count: windows.
         heads: of each.
-        tokens: of each.
+        queries: of each.
+        keys: of each.
         part_bytes: what a part may take in float32, unless one query takes more.
     """
-    rows = max(1, part_bytes // (4 * heads * tokens))  # queries of a window in a part
-    if rows >= tokens:
-        windows = rows // tokens
+    rows = max(1, part_bytes // (4 * heads * keys))  # queries of a window in a part
+    if rows >= queries:
+        windows = rows // queries
         return 0, next(n for n in range(1, count + 1) if count % n == 0 and count // n <= windows)
-    return 2, next((n for n in range(1, tokens + 1) if tokens % n == 0 and count * (tokens // n) <= rows), tokens)
+    return 2, next((n for n in range(1, queries + 1) if queries % n == 0 and count * (queries // n) <= rows), queries)
 
 
 # -------------------------------------------------------------------------------------------------- the decoder's

@@ -6,20 +6,24 @@ Source of names, shapes and what they mean: segment_anything/utils/onnx.py and s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ahcptq_jax.formats.onnx import graph as graphs
 from ahcptq_jax.formats.onnx.attention import decoder_attention
+from ahcptq_jax.formats.onnx.encoder import feature_shapes
 from ahcptq_jax.formats.onnx.graph import FLOAT, INT64, Graph
 from ahcptq_jax.formats.onnx.layers import Context, Model, float_kernel, layer_norm, linear, make_one
 
 PROMPTS, POINTS = "num_prompts", "num_points"
 
+Values = dict[str, tuple[str, tuple[int | str, ...]]]  # output -> its value in the graph, and its shape
+
 
 def decoder_graph(model: Model, single_mask: bool) -> tuple[Graph, list[Any], list[Any]]:
-    """Graph, inputs and outputs.
+    """Graph, inputs and outputs of the decoder of SAM and MobileSAM.
 
     | input | shape | |
     |---|---|---|
@@ -34,36 +38,59 @@ def decoder_graph(model: Model, single_mask: bool) -> tuple[Graph, list[Any], li
     (N, M, 4g, 4g), with M all of the model's masks, or 1: the best by predicted quality, of the single-mask output for
     more than two points and of the others for less.
     """
-    config, graph = model.config, Graph()
-    side, masks = config.mask_size, config.num_multimask_outputs + 1
+    context, shapes = begin(model, ("masks", "iou_predictions", "low_res_masks"))
+    graph, config = context.graph, model.config
+    sparse, dense = embed_points(context), embed_masks(context)
+    outputs, image = attended_tokens(context, ("iou_token", "mask_tokens"), "image_embeddings", sparse, dense)
+    quality = mlp(context, outputs[0], "mask_decoder/iou_prediction_head", config.iou_head_depth)
+    low_res = mask_logits(context, outputs[1:], _upscale(context, image))
+    masks = config.num_multimask_outputs + 1
+    if single_mask:
+        low_res, quality = picked(graph, low_res, quality, _best(graph, quality, masks))
+        masks = 1
+    full = _to_image(context, low_res)
+    return end(context, shapes, masks_of(context, full, quality, low_res, masks))
+
+
+# ----------------------------------------------------------------------------------- what decoders of all families have
+
+
+def begin(model: Model, outputs: Sequence[str]) -> tuple[Context, dict[str, tuple[int | str, ...]]]:
+    """A graph whose inputs and outputs have their names, and the inputs' shapes, those of the features first."""
+    side = model.config.mask_size
+    features = feature_shapes(model.config)
     shapes: dict[str, tuple[int | str, ...]] = {
-        "image_embeddings": (1, config.out_chans, config.grid, config.grid),
+        **features,
         "point_coords": (PROMPTS, POINTS, 2),
         "point_labels": (PROMPTS, POINTS),
         "mask_input": ("num_masks", 1, side, side),
         "has_mask_input": (1,),
         "orig_im_size": (2,),
     }
-    for name in (*shapes, "masks", "iou_predictions", "low_res_masks"):
+    graph = Graph()
+    for name in (*shapes, *outputs):
         graph.name(name)
-    context = Context(graph, model, make_one(graph, "image_embeddings", 4))
-    count = graph.node("Shape", "point_coords", start=0, end=1)
+    return Context(graph, model, make_one(graph, next(iter(features)), 4)), shapes
 
-    sparse, dense = _embed_points(context), _embed_masks(context)
-    low_res, quality = _predict(context, sparse, dense, count)
-    if single_mask:
-        low_res, quality = _best(graph, low_res, quality, masks)
-    full = _to_image(context, low_res)
-    chosen = 1 if single_mask else masks
-    outputs = {
+
+def masks_of(context: Context, full: str, quality: str, low_res: str, chosen: int) -> Values:
+    """The outputs that segment_anything's export has, of `chosen` masks for each prompt."""
+    side = context.model.config.mask_size
+    return {
         "masks": (full, (PROMPTS, chosen, "height", "width")),
         "iou_predictions": (quality, (PROMPTS, chosen)),
         "low_res_masks": (low_res, (PROMPTS, chosen, side, side)),
     }
+
+
+def end(
+    context: Context, shapes: dict[str, tuple[int | str, ...]], outputs: Values
+) -> tuple[Graph, list[Any], list[Any]]:
+    """The finished graph with its inputs and outputs."""
     for name, (found, _) in outputs.items():
-        graph.nodes.append(graphs.helper.make_node("Identity", [found], [name], name=name))
+        context.graph.nodes.append(graphs.helper.make_node("Identity", [found], [name], name=name))
     return (
-        graph,
+        context.graph,
         [graphs.value(name, FLOAT, shape) for name, shape in shapes.items()],
         [graphs.value(name, FLOAT, shape) for name, (_, shape) in outputs.items()],
     )
@@ -81,7 +108,7 @@ def _positions(context: Context, coords: str) -> str:
     return graph.node("Concat", graph.node("Sin", angles), graph.node("Cos", angles), axis=-1)
 
 
-def _embed_points(context: Context) -> str:
+def embed_points(context: Context) -> str:
     """Points to (N, P, C)."""
     graph, config = context.graph, context.model.config
     centres = graph.node("Add", "point_coords", graph.constant(0.5))
@@ -100,7 +127,7 @@ def _embed_points(context: Context) -> str:
     return points
 
 
-def _embed_masks(context: Context) -> str:
+def embed_masks(context: Context) -> str:
     """The mask prompt, or what stands for none, to (1 or N, g*g, C)."""
     graph, config = context.graph, context.model.config
     path, hidden = "prompt_encoder/mask_downscaling", config.mask_in_chans
@@ -139,31 +166,44 @@ def _dense_positions(context: Context) -> str:
 # --------------------------------------------------------------------------------------------------- the decoder
 
 
-def _predict(context: Context, sparse: str, dense: str, count: str) -> tuple[str, str]:
-    """Logits (N, masks, 4g, 4g) and predicted quality (N, masks)."""
+def attended_tokens(
+    context: Context, own: Sequence[str], embedding: str, sparse: str, dense: str
+) -> tuple[list[str], str]:
+    """What the two-way transformer makes of a model's own tokens and of the image.
+
+    Args:
+        context: where.
+        own: names of the parameters that are the tokens before those of the prompts, in their order.
+        embedding: the input (1, C, g, g).
+        sparse: (N, P, C).
+        dense: (1 or N, g*g, C).
+
+    Returns:
+        Every one of the own tokens (N, C), and the image's (N, g*g, C).
+    """
     graph, config, params = context.graph, context.model.config, context.model.params
-    channels, grid, masks = config.out_chans, config.grid, config.num_multimask_outputs + 1
+    channels, grid = config.out_chans, config.grid
+    count = graph.node("Shape", "point_coords", start=0, end=1)
 
     def for_all(x: str, rows: int) -> str:  # (1, rows, C) -> (N, rows, C)
         return graph.node("Expand", x, graph.node("Concat", count, graph.shape(rows, channels), axis=0))
 
-    outputs = np.concatenate(
-        [np.asarray(params[f"mask_decoder/{n}"], np.float32) for n in ("iou_token", "mask_tokens")]
-    )
-    tokens = graph.node("Concat", for_all(graph.constant(outputs[None]), masks + 1), sparse, axis=1)
-    image = graph.transpose(graph.reshape("image_embeddings", 1, channels, grid * grid), 0, 2, 1)
+    outputs = np.concatenate([np.asarray(params[f"mask_decoder/{name}"], np.float32) for name in own])
+    tokens = graph.node("Concat", for_all(graph.constant(outputs[None]), len(outputs)), sparse, axis=1)
+    image = graph.transpose(graph.reshape(embedding, 1, channels, grid * grid), 0, 2, 1)
     image = for_all(graph.node("Add", image, dense), grid * grid)
     tokens, image = _transformer(context, image, _dense_positions(context), tokens)
+    return [graph.node("Gather", tokens, graph.constant(i, np.int64), axis=1) for i in range(len(outputs))], image
 
-    upscaled = _upscale(context, image)  # (N, 16*g*g, C/8)
-    token = [graph.node("Gather", tokens, graph.constant(i, np.int64), axis=1) for i in range(masks + 1)]
-    path = "mask_decoder/output_hypernetworks_mlps"
+
+def mask_logits(context: Context, tokens: Sequence[str], upscaled: str) -> str:
+    """Logits (N, masks, 4g, 4g) of a token (N, C) for each mask and mask features (N, 16*g*g, C/8)."""
+    graph, path, side = context.graph, "mask_decoder/output_hypernetworks_mlps", context.model.config.mask_size
     filters = [
-        graph.node("Unsqueeze", _mlp(context, token[1 + i], f"{path}_{i}", 3), graph.shape(1)) for i in range(masks)
+        graph.node("Unsqueeze", mlp(context, token, f"{path}_{i}", 3), graph.shape(1)) for i, token in enumerate(tokens)
     ]
     logits = graph.node("MatMul", graph.node("Concat", *filters, axis=1), graph.transpose(upscaled, 0, 2, 1))
-    logits = graph.reshape(logits, -1, masks, config.mask_size, config.mask_size)
-    return logits, _mlp(context, token[0], "mask_decoder/iou_prediction_head", config.iou_head_depth)
+    return graph.reshape(logits, -1, len(tokens), side, side)
 
 
 def _transformer(context: Context, image: str, positions: str, tokens: str) -> tuple[str, str]:
@@ -205,12 +245,12 @@ def _upscale(context: Context, image: str) -> str:
     """Image tokens (N, g*g, C) -> mask features (N, 16*g*g, C/8)."""
     graph, config = context.graph, context.model.config
     path = "mask_decoder/output_upscaling"
-    x = _up_convolution(context, image, f"{path}/conv1", config.grid, config.out_chans // 4)
+    x = up_convolution(context, image, f"{path}/conv1", config.grid, config.out_chans // 4)
     x = graph.node("Gelu", layer_norm(context, x, f"{path}/norm1"))
-    return graph.node("Gelu", _up_convolution(context, x, f"{path}/conv2", 2 * config.grid, config.out_chans // 8))
+    return graph.node("Gelu", up_convolution(context, x, f"{path}/conv2", 2 * config.grid, config.out_chans // 8))
 
 
-def _up_convolution(context: Context, x: str, path: str, side: int, features: int) -> str:
+def up_convolution(context: Context, x: str, path: str, side: int, features: int) -> str:
     """Transposed convolution with stride 2 of (N, side*side, in) -> (N, 4*side*side, features)."""
     graph, params = context.graph, context.model.params
     kernel = np.asarray(params[f"{path}/kernel"], np.float32)  # (2, 2, in, out)
@@ -220,7 +260,7 @@ def _up_convolution(context: Context, x: str, path: str, side: int, features: in
     return graph.node("Add", graph.reshape(x, -1, 4 * side * side, features), context.parameter(f"{path}/bias"))
 
 
-def _mlp(context: Context, x: str, path: str, layers: int) -> str:
+def mlp(context: Context, x: str, path: str, layers: int) -> str:
     """Linears with ReLU between."""
     for index in range(layers):
         x = linear(context, x, f"{path}/layers_{index}")
@@ -232,30 +272,36 @@ def _mlp(context: Context, x: str, path: str, layers: int) -> str:
 # --------------------------------------------------------------------------------------------------------- masks
 
 
-def _best(graph: Graph, logits: str, quality: str, masks: int) -> tuple[str, str]:
-    """The mask of each prompt with the best predicted quality, of those that its number of points asks for."""
+def picked(graph: Graph, logits: str, quality: str, which: str) -> tuple[str, str]:
+    """The one mask of each prompt whose number is `which` (N, 1), and its quality."""
+    chosen = graph.node("GatherND", logits, which, batch_dims=1)
+    return graph.node("Unsqueeze", chosen, graph.shape(1)), graph.node("GatherElements", quality, which, axis=1)
+
+
+def resized(graph: Graph, x: str, height_and_width: str) -> str:
+    """Logits (N, M, height, width) at another size."""
+    sizes = graph.node("Concat", graph.node("Shape", x, start=0, end=2), height_and_width, axis=0)
+    return graph.node("Resize", x, "", "", sizes, mode="linear", coordinate_transformation_mode="half_pixel")
+
+
+def _best(graph: Graph, quality: str, masks: int) -> str:
+    """Number of the mask with the best predicted quality, of those that the number of points asks for: (N, 1)."""
     points = graph.node("Cast", graph.node("Shape", "point_coords", start=1, end=2), to=FLOAT)
     first = np.zeros((1, masks), np.float32)
     first[0, 0] = 1000.0
     favour = graph.node("Mul", graph.node("Sub", points, graph.constant(2.5)), graph.constant(first))
-    best = graph.node("ArgMax", graph.node("Add", quality, favour), axis=1, keepdims=1)  # (N, 1)
-    chosen = graph.node("GatherND", logits, best, batch_dims=1)
-    return graph.node("Unsqueeze", chosen, graph.shape(1)), graph.node("GatherElements", quality, best, axis=1)
+    return graph.node("ArgMax", graph.node("Add", quality, favour), axis=1, keepdims=1)
 
 
 def _to_image(context: Context, logits: str) -> str:
     """Logits (N, M, 4g, 4g) at the size of the image: up to the canvas, cut to the image, to its size."""
     graph, size = context.graph, context.model.config.img_size
 
-    def resized(x: str, height_and_width: str) -> str:
-        sizes = graph.node("Concat", graph.node("Shape", x, start=0, end=2), height_and_width, axis=0)
-        return graph.node("Resize", x, "", "", sizes, mode="linear", coordinate_transformation_mode="half_pixel")
-
-    canvas = resized(logits, graph.shape(size, size))
+    canvas = resized(graph, logits, graph.shape(size, size))
     longest = graph.node("ReduceMax", "orig_im_size", keepdims=0)
     scaled = graph.node("Mul", "orig_im_size", graph.node("Div", graph.constant(float(size)), longest))
     inside = graph.node("Cast", graph.node("Floor", graph.node("Add", scaled, graph.constant(0.5))), to=INT64)
     # A very thin image still has one row or column.
     inside = graph.node("Max", inside, graph.constant(1, np.int64))
     cut = graph.node("Slice", canvas, graph.shape(0, 0), inside, graph.shape(2, 3))
-    return resized(cut, graph.node("Cast", "orig_im_size", to=INT64))
+    return resized(graph, cut, graph.node("Cast", "orig_im_size", to=INT64))

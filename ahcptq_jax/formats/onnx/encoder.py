@@ -9,29 +9,53 @@ import numpy as np
 from ahcptq_jax.formats.onnx import graph as graphs
 from ahcptq_jax.formats.onnx.attention import encoder_attention
 from ahcptq_jax.formats.onnx.graph import Graph
-from ahcptq_jax.formats.onnx.layers import Context, Model, conv_3x3, layer_norm, linear, make_one
+from ahcptq_jax.formats.onnx.hiera import hiera
+from ahcptq_jax.formats.onnx.layers import Context, Model, conv_3x3, layer_norm, linear, make_one, mlp_part
 from ahcptq_jax.formats.onnx.tiny_vit import tiny_vit
-from sam_flax.config import SamConfig
+from sam_flax.config import SamConfig, SegmenterConfig
+from sam_flax.encoders.hiera import Sam2Config
 from sam_flax.encoders.tiny_vit import MobileSamConfig
 
 
-def encoder_graph(model: Model) -> tuple[Graph, list[Any], list[Any]]:
-    """Graph, inputs and outputs: `images` (1, 3, S, S), normalised and padded -> `image_embeddings` (1, C, g, g)."""
-    config, graph = model.config, Graph()
-    size, grid = config.img_size, config.grid
-    images, embeddings = graph.name("images"), graph.name("image_embeddings")
-    context = Context(graph, model, make_one(graph, images, 4))
+def feature_shapes(config: SegmenterConfig) -> dict[str, tuple[int, int, int, int]]:
+    """Names and shapes (1, channels, side, side) of what an encoder gives and its decoder takes.
 
-    x = tiny_vit(context, config, images) if isinstance(config, MobileSamConfig) else _vit(context, config, images)
-    x = layer_norm(context, linear(context, x, "image_encoder/neck/conv1"), "image_encoder/neck/norm1")
-    x = layer_norm(context, conv_3x3(context, x, "image_encoder/neck/conv2", grid), "image_encoder/neck/norm2")
-    x = graph.transpose(graph.reshape(x, 1, grid, grid, config.out_chans), 0, 3, 1, 2)
-    graph.nodes.append(graphs.helper.make_node("Identity", [x], [embeddings], name=embeddings))
+    SAM 2's are those of its own image predictor.
+    """
+    grid, channels = config.grid, config.out_chans
+    if isinstance(config, Sam2Config):
+        return {
+            "image_embed": (1, channels, grid, grid),
+            "high_res_feats_0": (1, channels // 8, 4 * grid, 4 * grid),
+            "high_res_feats_1": (1, channels // 4, 2 * grid, 2 * grid),
+        }
+    return {"image_embeddings": (1, channels, grid, grid)}
+
+
+def encoder_graph(model: Model) -> tuple[Graph, list[Any], list[Any]]:
+    """Graph, inputs and outputs: `images` (1, 3, S, S), normalised and on the canvas, -> `feature_shapes`."""
+    config, graph = model.config, Graph()
+    size, shapes = config.img_size, feature_shapes(config)
+    for name in ("images", *shapes):
+        graph.name(name)
+    context = Context(graph, model, make_one(graph, "images", 4))
+    found = hiera(context, config, "images") if isinstance(config, Sam2Config) else (_sam(context, config, "images"),)
+    for (name, (_, channels, side, _)), x in zip(shapes.items(), found, strict=True):
+        x = graph.transpose(graph.reshape(x, 1, side, side, channels), 0, 3, 1, 2)
+        graph.nodes.append(graphs.helper.make_node("Identity", [x], [name], name=name))
     return (
         graph,
-        [graphs.value(images, graphs.FLOAT, (1, 3, size, size))],
-        [graphs.value(embeddings, graphs.FLOAT, (1, config.out_chans, grid, grid))],
+        [graphs.value("images", graphs.FLOAT, (1, 3, size, size))],
+        [graphs.value(name, graphs.FLOAT, shape) for name, shape in shapes.items()],
     )
+
+
+def _sam(context: Context, config: SamConfig | MobileSamConfig, images: str) -> str:
+    """`images` -> the embedding (g*g, C): one of two bodies, and the neck that both have."""
+    x = tiny_vit(context, config, images) if isinstance(config, MobileSamConfig) else _vit(context, config, images)
+    x = layer_norm(context, linear(context, x, "image_encoder/neck/conv1"), "image_encoder/neck/norm1")
+    x = conv_3x3(context, x, "image_encoder/neck/conv2", config.grid)
+    return layer_norm(context, x, "image_encoder/neck/norm2")
 
 
 def _vit(context: Context, config: SamConfig, images: str) -> str:
@@ -43,8 +67,7 @@ def _vit(context: Context, config: SamConfig, images: str) -> str:
         normed = layer_norm(context, x, f"{path}/norm1")
         attended = encoder_attention(context, config, normed, f"{path}/attn", config.block_window(index))
         x = graph.node("Add", x, attended)
-        hidden = linear(context, layer_norm(context, x, f"{path}/norm2"), f"{path}/mlp/lin1")
-        x = graph.node("Add", x, linear(context, graph.node("Gelu", hidden), f"{path}/mlp/lin2"))
+        x = mlp_part(context, x, path)
     return x
 
 

@@ -10,7 +10,9 @@ from ahcptq_jax.formats.onnx import graph as graphs
 from ahcptq_jax.formats.onnx.decoder import decoder_graph
 from ahcptq_jax.formats.onnx.encoder import encoder_graph
 from ahcptq_jax.formats.onnx.layers import Model
+from ahcptq_jax.formats.onnx.sam2_decoder import sam2_decoder_graph
 from ahcptq_jax.runtime.quantized import Quantized
+from sam_flax.encoders.hiera import Sam2Config
 from sam_flax.sam import SamModel
 
 # Attention maps of this size stay in the cache that the cores of a processor share.
@@ -31,7 +33,8 @@ def export_onnx(
 
     The files need nothing but a runtime of ONNX's standard operators (opset 21, 4-bit integers). The encoder takes
     `images` (1, 3, S, S), normalised and padded like the public PyTorch encoder's, to `image_embeddings` (1, C, g, g);
-    the decoder has the inputs and outputs of segment_anything's own export, see `decoder.decoder_graph`.
+    the decoder has the inputs and outputs of segment_anything's own export, see `decoder.decoder_graph`. SAM 2's
+    encoder gives three features, which its decoder takes: see `sam2_decoder.sam2_decoder_graph`.
 
     Weights stay packed: 4-bit codes in UINT4 tensors, wider ones in int8. Every quantized product is one
     `MatMulInteger` of 8-bit levels. Quantizers that are not on the integer grid are exported as the nearest that are.
@@ -52,13 +55,14 @@ def export_onnx(
             overflow 16 bits; without it the file computes the same everywhere.
 
     Raises:
-        InputError: if onnx is not installed, the model is of another family than SAM and MobileSAM, or a quantizer has
-            no form there.
+        InputError: if onnx is not installed, the model is of another family than SAM, MobileSAM and SAM 2, or a
+            quantizer has no form there.
         OSError: if the folder cannot be written; each file is there whole or not at all.
     """
     folder = Path(folder)
     parts = Model.of(model, part_bytes, plain=products == "qdq", vnni=vnni)
-    made = {"encoder.onnx": encoder_graph(parts), "decoder.onnx": decoder_graph(parts, single_mask)}
+    decode = sam2_decoder_graph if isinstance(parts.config, Sam2Config) else decoder_graph
+    made = {"encoder.onnx": encoder_graph(parts), "decoder.onnx": decode(parts, single_mask)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, (graph, inputs, outputs) in made.items():
         graphs.write(graph, inputs, outputs, folder / name, external_data)

@@ -22,6 +22,7 @@ from ahcptq_jax.formats.onnx.graph import FLOAT, INT8, Graph
 from ahcptq_jax.quantizers.base import Quantizer
 from ahcptq_jax.runtime.quantized import Quantized, QuantizedWeight
 from sam_flax.config import SamConfig
+from sam_flax.encoders.hiera import Sam2Config
 from sam_flax.encoders.tiny_vit import MobileSamConfig
 from sam_flax.errors import InputError
 from sam_flax.sam import SamModel
@@ -42,7 +43,7 @@ class Model:
         vnni: 8-bit right factors of products are int8; see `encoding.right_type`.
     """
 
-    config: SamConfig | MobileSamConfig
+    config: SamConfig | MobileSamConfig | Sam2Config
     params: Mapping[str, Any]
     weights: Mapping[str, QuantizedWeight]
     activations: Mapping[str, Quantizer]
@@ -55,13 +56,13 @@ class Model:
         """The parts of a quantized model, or of one in floating point.
 
         Raises:
-            InputError: if the model is of another family than SAM and MobileSAM, or has quantizers that `plain` cannot
-                say.
+            InputError: if the model is of another family than SAM, MobileSAM and SAM 2, or has quantizers that `plain`
+                cannot say.
         """
         config, params = model.config, flatten(model.params)
-        if not isinstance(config, SamConfig | MobileSamConfig):
+        if not isinstance(config, SamConfig | MobileSamConfig | Sam2Config):
             raise InputError(
-                f"SAM and MobileSAM are exported to ONNX, not models of the family {config.family!r}; use "
+                f"SAM, MobileSAM and SAM 2 are exported to ONNX, not models of the family {config.family!r}; use "
                 "formats.stablehlo."
             )
         if isinstance(model, Quantized):
@@ -107,6 +108,13 @@ def layer_norm(context: Context, x: str, path: str, epsilon: float = 1e-6) -> st
     """Normalised over the last axis."""
     scale, bias = context.parameter(f"{path}/scale"), context.parameter(f"{path}/bias")
     return context.graph.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
+
+
+def mlp_part(context: Context, x: str, path: str, epsilon: float = 1e-6) -> str:
+    """The second half of an encoder's block, its residual included: tokens (..., D) -> (..., D)."""
+    graph = context.graph
+    hidden = linear(context, layer_norm(context, x, f"{path}/norm2", epsilon), f"{path}/mlp/lin1")
+    return graph.node("Add", x, linear(context, graph.node("Gelu", hidden), f"{path}/mlp/lin2"))
 
 
 # ------------------------------------------------------------------------------------------------------- products

@@ -6,11 +6,14 @@ on levels; strided and depthwise convolutions are `Conv` of the values that thei
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
-from ahcptq_jax.formats.onnx.attention import attend, encoder_projections, sites_of
+from ahcptq_jax.formats.onnx.attention import attend, encoder_projections, operands_in_windows, sites_of
 from ahcptq_jax.formats.onnx.graph import Graph
-from ahcptq_jax.formats.onnx.layers import Context, float_kernel, layer_norm, linear, rounded
+from ahcptq_jax.formats.onnx.layers import Context, float_kernel, layer_norm, linear, mlp_part, rounded
+from ahcptq_jax.formats.onnx.windows import Windows
 from sam_flax.encoders.tiny_vit import MobileSamConfig, bias_indexes
 
 
@@ -48,39 +51,28 @@ def _attention_block(context: Context, config: MobileSamConfig, x: str, path: st
     side, graph = config.layer_grid(layer), context.graph
     x = graph.node("Add", x, _attention(context, config, x, path, layer))
     x = _conv_norm(context, x, f"{path}/local_conv", side)
-    hidden = linear(context, layer_norm(context, x, f"{path}/norm2", 1e-5), f"{path}/mlp/lin1")
-    return graph.node("Add", x, linear(context, graph.node("Gelu", hidden), f"{path}/mlp/lin2"))
+    return mlp_part(context, x, path, 1e-5)
 
 
 def _attention(context: Context, config: MobileSamConfig, x: str, block: str, layer: int) -> str:
     """Attention in windows of tokens (H*W, D), the norm before it included -> (H*W, D)."""
     graph, path = context.graph, f"{block}/attn"
-    grid, window = config.layer_grid(layer), config.window_sizes[layer - 1]
-    dim, heads = config.embed_dims[layer], config.num_heads[layer - 1]
-    rows = -(-grid // window)
-    whole, tokens, width = rows * window, window * window, dim // heads
+    grid, dim, heads = config.layer_grid(layer), config.embed_dims[layer], config.num_heads[layer - 1]
+    windows = Windows(grid, config.window_sizes[layer - 1], heads, dim // heads)
+    whole = windows.rows * windows.side
     if whole > grid:
         # Zeros stand before the norm, which makes its offset of them.
         x = graph.node("Pad", graph.reshape(x, grid, grid, dim), graph.shape(0, 0, 0, whole - grid, whole - grid, 0))
         x = graph.reshape(x, whole * whole, dim)
     x = layer_norm(context, x, f"{block}/norm1", 1e-5)
     sites = sites_of(context, path)
-    operands, _ = encoder_projections(context, x, path, sites, dim)
-
-    def windows(name: str, *order: int) -> str:
-        y = graph.transpose(graph.reshape(name, rows, window, rows, window, dim), 0, 2, 1, 3, 4)
-        return graph.transpose(graph.reshape(y, rows * rows, tokens, heads, width), *order)
-
-    orders = ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3))
-    q, k, v = (operand.renamed(windows(operand.name, *order)) for operand, order in zip(operands, orders, strict=True))
-    table = np.asarray(context.model.params[f"{path}/attention_biases"])[:, bias_indexes(window)]
+    operands, fill = encoder_projections(context, x, path, sites, dim)
+    padded = dataclasses.replace(windows, grid=whole)
+    q, k, v = operands_in_windows(context, operands, fill, padded)
+    table = np.asarray(context.model.params[f"{path}/attention_biases"])[:, bias_indexes(windows.side)]
     bias = graph.parameter(table, f"{path}/biases")
-    out = attend(context, path, sites, q, k, v, width, lambda inner, scores: inner.node("Add", scores, bias))
-    out = graph.reshape(out, rows, rows, heads, window, window, width)
-    out = graph.reshape(graph.transpose(out, 0, 3, 1, 4, 2, 5), whole, whole, dim)
-    if whole > grid:
-        out = graph.node("Slice", out, graph.shape(0, 0), graph.shape(grid, grid), graph.shape(0, 1))
-    return linear(context, graph.reshape(out, grid * grid, dim), f"{path}/proj")
+    out = attend(context, path, sites, q, k, v, windows.width, lambda inner, scores: inner.node("Add", scores, bias))
+    return linear(context, windows.join(graph, out), f"{path}/proj")
 
 
 def _conv_norm(context: Context, x: str, path: str, side: int, stride: int = 1) -> str:

@@ -19,11 +19,10 @@ from ahcptq_jax.recipe import recipe_of
 from ahcptq_jax.reconstruction.units import encoder_units
 from ahcptq_jax.runtime.integer import integer_model
 from sam_flax import SamAutomaticMaskGenerator, SamModel, SamPredictor
-from sam_flax.encoders.hiera import SAM2_TINY, Sam2Config
+from sam_flax.encoders.hiera import SAM2_TINY, Features, Sam2Config
 from sam_flax.encoders.tiny_vit import MOBILE_SAM, MobileSamConfig
-from sam_flax.errors import InputError
 from sam_flax.mobile_sam import MobileSam
-from sam_flax.preprocessing import prepare_image
+from sam_flax.preprocessing import prepare_image, resample
 from sam_flax.sam2 import Sam2
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -52,6 +51,9 @@ WHOLE = {"mobile_sam": MobileSam(MOBILE_SAM), "sam2": Sam2(SAM2_TINY)}
 CONFIG = QuantConfig(w_bits=8, a_bits=8, prompts_per_image=2, **METHODS["minmax"])
 WHOLE_METHOD = QuantConfig(w_bits=8, a_bits=8, groups=2, prompts_per_image=2)
 BOXES = jnp.array([[4.0, 4, 20, 24], [8, 4, 30, 30]])
+# The same as the decoder's files take them, and the size of the image whose masks they give.
+CORNERS = np.asarray(BOXES, np.float32).reshape(len(BOXES), 2, 2), np.tile(np.float32([[2, 3]]), (len(BOXES), 1))
+ORIGINAL = (20, 27)
 
 
 @pytest.fixture(scope="module", params=sorted(TINY))
@@ -198,36 +200,63 @@ def test_stablehlo_computes_the_same(quantized, canvas):
     assert np.isfinite(logits).all() and iou.shape == (2, 1)
 
 
-def run_onnx(folder: Path, canvas: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The embedding (1, g, g, C) and the low-resolution masks that ONNX Runtime computes of the exported files."""
+def run_onnx(folder: Path, canvas: jax.Array, coords: np.ndarray, labels: np.ndarray) -> tuple[Any, dict[str, Any]]:
+    """The features, as our decoder takes them, and all outputs that ONNX Runtime computes of the exported files."""
     encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
-    (embedding,) = encoder.run(None, {"images": np.asarray(canvas).transpose(0, 3, 1, 2)})
-    size = 4 * embedding.shape[-1]
-    corners = np.asarray(BOXES, np.float32).reshape(len(BOXES), 2, 2)
+    found = encoder.run(None, {"images": np.asarray(canvas).transpose(0, 3, 1, 2)})
+    features = dict(zip((output.name for output in encoder.get_outputs()), found, strict=True))
+    size = 4 * found[0].shape[-1]
     feeds = {
-        "image_embeddings": embedding,
-        "point_coords": corners,
-        "point_labels": np.tile(np.array([[2, 3]], np.float32), (len(BOXES), 1)),
+        **features,
+        "point_coords": coords,
+        "point_labels": labels,
         "mask_input": np.zeros((1, 1, size, size), np.float32),
         "has_mask_input": np.zeros(1, np.float32),
-        "orig_im_size": np.array([canvas.shape[1], canvas.shape[2]], np.float32),
+        "orig_im_size": np.array(ORIGINAL, np.float32),
     }
     names = [output.name for output in decoder.get_outputs()]
-    masks = dict(zip(names, decoder.run(None, feeds), strict=True))["low_res_masks"]
-    return embedding.transpose(0, 2, 3, 1), masks
+    last = [jnp.asarray(feature.transpose(0, 2, 3, 1)) for feature in found]
+    return Features(*last) if len(last) > 1 else last[0], dict(zip(names, decoder.run(None, feeds), strict=True))
 
 
 def test_onnx_computes_the_same(family, params, quantized, canvas, tmp_path):
-    """MobileSAM's files, float and quantized; SAM 2 is told that it has none."""
-    if family == "sam2":
-        with pytest.raises(InputError, match="SAM and MobileSAM are exported to ONNX, not models of the family 'sam2'"):
-            export_onnx(quantized, tmp_path)
-        return
+    """The files of a model in floating point, and of one quantized."""
     floating = SamModel(TINY[family], params)
     for model, tolerance in ((floating, 1e-4), (quantized, 0.02)):
         export_onnx(model, tmp_path)
-        embedding, low_res = run_onnx(tmp_path, canvas)
-        wanted = np.asarray(model.encode_image(canvas))
-        assert relative_error(embedding, wanted) < tolerance
-        expected = np.asarray(model.decode(jnp.asarray(embedding), boxes=BOXES)[0])
-        assert relative_error(low_res[:, 1:], expected) < tolerance
+        features, found = run_onnx(tmp_path, canvas, *CORNERS)
+        wanted = model.encode_image(canvas)
+        for one, other in zip(jax.tree.leaves(features), jax.tree.leaves(wanted), strict=True):
+            assert one.shape == other.shape and relative_error(one, other) < tolerance
+        logits, iou = model.decode(features, boxes=BOXES)
+        assert relative_error(found["low_res_masks"][:, 1:], np.asarray(logits)) < tolerance
+        assert relative_error(found["iou_predictions"][:, 1:], np.asarray(iou)) < tolerance
+        assert found["masks"].shape == (len(BOXES), 4, *ORIGINAL)
+
+
+def test_onnx_files_of_sam2_take_points_and_give_scores_and_single_masks(tmp_path):
+    """Masks at the original size and the choice of a single mask, stable or not, are the predictor's."""
+    sam = TINY["sam2"]
+    params = sam.init_params(jax.random.key(3))
+    coords = np.random.default_rng(5).uniform(0, sam.config.img_size, (12, 1, 2)).astype(np.float32)
+    labels = np.ones((12, 1), np.float32)
+    canvas = jnp.asarray(np.random.default_rng(6).normal(size=(1, 32, 32, 3)), jnp.float32)
+    export_onnx(SamModel(sam, params), tmp_path / "all")
+    features, every = run_onnx(tmp_path / "all", canvas, coords, labels)
+    points = jnp.asarray(coords), jnp.asarray(labels, jnp.int32)
+    scores = sam.apply({"params": params}, features, points, method="object_scores")
+    np.testing.assert_allclose(every["object_score_logits"], scores, rtol=1e-4, atol=1e-4)
+
+    # With this threshold half of the single masks are stable.
+    delta, first = sam.config.stability_delta, every["low_res_masks"][:, 0]
+    middle = np.median((first > delta).sum((1, 2)) / np.maximum((first > -delta).sum((1, 2)), 1))
+    chosen = SamModel(Sam2(dataclasses.replace(sam.config, stability_threshold=float(middle))), params)
+    export_onnx(chosen, tmp_path / "one", single_mask=True)
+    _, one = run_onnx(tmp_path / "one", canvas, coords, labels)
+    logits, iou = chosen.decode(features, points, multimask_output=False)
+    np.testing.assert_allclose(one["low_res_masks"], np.clip(logits, -32, 32), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(one["iou_predictions"], iou, rtol=1e-4)
+    firsts = (one["iou_predictions"][:, 0] == every["iou_predictions"][:, 0]).sum()
+    assert 0 < firsts < len(coords), "both choices occur"
+    full = resample(np.asarray(logits, np.float32), (*logits.shape[:2], *ORIGINAL))
+    np.testing.assert_allclose(one["masks"], full, rtol=1e-3, atol=1e-3)

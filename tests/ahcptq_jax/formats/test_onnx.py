@@ -303,7 +303,7 @@ def test_parts_give_what_the_whole_gives(quantized, files, tmp_path, part_bytes)
 @pytest.mark.parametrize("tokens", [4, 64, 196])
 @pytest.mark.parametrize("part_bytes", [1, 10_000, 10**9])
 def test_parts_divide_what_there_is(count, tokens, part_bytes):
-    axis, parts = attention.divide(count, 3, tokens, part_bytes)
+    axis, parts = attention.divide(count, 3, tokens, tokens, part_bytes)
     whole, rest = (count, tokens) if axis == 0 else (tokens, count)
     assert whole % parts == 0
     size = 4 * 3 * tokens * rest * whole // parts
