@@ -17,11 +17,13 @@ from experiments.mini.atlas import AtlasSettings, build_atlas
 from experiments.mini.augment import BatchSettings
 from experiments.mini.folders import find_folders, list_records
 from experiments.mini.losses import LossWeights
+from experiments.mini.models import MODELS
 from experiments.mini.schedule import Schedule
+from experiments.mini.teacher import Teacher
 from experiments.mini.train import RunSettings, train
 from experiments.mini.views import ViewSettings
-from sam_flax.config import CONFIGS, SamConfig
-from sam_flax.files.checkpoint import load_params
+from sam_flax.config import SegmenterConfig
+from sam_flax.files.checkpoint import load_params, load_sam
 
 FLAGS = flags.FLAGS
 
@@ -42,7 +44,7 @@ def parse_weights(text: str) -> tuple[tuple[str, float], ...]:
     return tuple(pairs)
 
 
-def batch_settings(config: SamConfig) -> BatchSettings:
+def batch_settings(config: SegmenterConfig) -> BatchSettings:
     """What the flags say of a batch."""
     low, high = (float(v) for v in FLAGS.object_sizes)
     views = ViewSettings(
@@ -68,7 +70,8 @@ def batch_settings(config: SamConfig) -> BatchSettings:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is an unexpected argument; every option is a --flag.")
-    config = CONFIGS[FLAGS.config]
+    sam = MODELS[FLAGS.config]
+    config = sam.config
     folders = find_folders(FLAGS.photos, FLAGS.coco)
     # The photographs of --coco are all trained on: it comes with a validation half of its own.
     divided = [r for f in folders if f.source == "photos" for r in list_records(f)]
@@ -96,15 +99,19 @@ def main(argv: list[str]) -> None:
         losses=LossWeights(dice=FLAGS.dice, dense=FLAGS.dense, second=FLAGS.second),
     )
     start = load_params(FLAGS.start)[1] if FLAGS.start else None
-    train(Path(FLAGS.out), config, schedule, batches, run, atlas, sources, start)
+    teacher = Teacher(*load_sam(FLAGS.teacher)) if FLAGS.teacher else None
+    train(Path(FLAGS.out), sam, schedule, batches, run, atlas, sources, start, teacher)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/mini", "Folder for the state, the curve and the weights.")
-    flags.DEFINE_enum("config", "mini", sorted(CONFIGS), "The model to train.")
+    flags.DEFINE_enum("config", "mini", sorted(MODELS), "The model to train.")
     flags.DEFINE_string("photos", "", "Folder with images/ and segments.json, whose images may name a `source`.")
     flags.DEFINE_string("coco", "", "Folder with train2017/ and annotations/*train2017.json.")
     flags.DEFINE_string("start", "", "Weights to start from instead of random ones.")
+    flags.DEFINE_string(
+        "teacher", "", "Weights whose heads are started from, and whose embeddings the encoder learns to make."
+    )
     flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the batches.")
     flags.DEFINE_integer("scenes", 6000, "Generated training scenes.")
     flags.DEFINE_float("scene_share", 0.25, "Share of the images that are scenes.")

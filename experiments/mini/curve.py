@@ -10,10 +10,11 @@ from experiments.mini.atlas import Atlas
 from experiments.mini.augment import Batch, BatchSettings, make_batch, plain
 from experiments.mini.forward import decode, encode
 from experiments.mini.losses import SMALL, first_prompts, mask_iou
-from sam_flax.sam import Params, Sam
+from sam_flax.sam import Params
+from sam_flax.segmenter import Segmenter
 
 
-def make_curve(sam: Sam, settings: BatchSettings, precision: jnp.dtype) -> Callable[..., dict[str, float]]:
+def make_curve(sam: Segmenter, settings: BatchSettings, precision: jnp.dtype) -> Callable[..., dict[str, float]]:
     """Scores of parameters on `count` batches: (params, atlas, {name: cumulative weights}, count) -> scores.
 
     Of each name `box`, the same of small objects and on blank images, and `point`, the best of three.
@@ -24,9 +25,9 @@ def make_curve(sam: Sam, settings: BatchSettings, precision: jnp.dtype) -> Calla
     def score(params: Params, key: jax.Array, atlas: Atlas, cumulative: jax.Array) -> dict[str, jax.Array]:
         batch = make_batch(key, atlas, cumulative, shown)
         blank = batch._replace(images=jnp.full_like(batch.images, 124.0))
-        embedding = encode(sam, params, batch.images, precision)
-        box = _iou(sam, params, embedding, batch)[..., 0]
-        point = _iou(sam, params, embedding, batch._replace(is_point=jnp.ones_like(batch.is_point)))[..., 1:].max(-1)
+        features = encode(sam, params, batch.images, precision)
+        box = _iou(sam, params, features, batch)[..., 0]
+        point = _iou(sam, params, features, batch._replace(is_point=jnp.ones_like(batch.is_point)))[..., 1:].max(-1)
         without = _iou(sam, params, encode(sam, params, blank.images, precision), batch)[..., 0]
         small = batch.weight * (batch.masks.mean((-2, -1)) < SMALL)
         weights = {"box": batch.weight, "small": small, "blank": batch.weight, "point": batch.weight}
@@ -45,6 +46,6 @@ def make_curve(sam: Sam, settings: BatchSettings, precision: jnp.dtype) -> Calla
     return evaluate
 
 
-def _iou(sam: Sam, params: Params, embedding: jax.Array, batch: Batch) -> jax.Array:
-    decoded = decode(sam, params, embedding, first_prompts(batch))
+def _iou(sam: Segmenter, params: Params, features: Any, batch: Batch) -> jax.Array:
+    decoded = decode(sam, params, features, first_prompts(batch))
     return mask_iou(decoded.logits, batch.masks[:, :, None])

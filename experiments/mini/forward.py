@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from sam_flax.encoders import vit
-from sam_flax.heads.mask_decoder import MaskDecoder
+from sam_flax.encoders.hiera import Features
 from sam_flax.layers import MLP
-from sam_flax.sam import Params, Sam, call
+from sam_flax.sam import Params, call
+from sam_flax.segmenter import Segmenter
 
 
 class Prompts(NamedTuple):
@@ -38,7 +39,7 @@ def auxiliary_head(dim: int) -> MLP:
     return MLP(dim, dim, dim // 8, 2)
 
 
-def normalise(sam: Sam, images: jax.Array) -> jax.Array:
+def normalise(sam: Segmenter, images: jax.Array) -> jax.Array:
     """Colours 0..255 -> the encoder's input, (B, S, S, 3)."""
     mean, std = jnp.array(sam.config.pixel_mean), jnp.array(sam.config.pixel_std)
     return (images.astype(jnp.float32) - mean) / std
@@ -63,24 +64,29 @@ def whole_attention() -> Iterator[None]:
         vit.MAX_ATTENTION_BYTES = bound
 
 
-def encode(sam: Sam, params: Params, images: jax.Array, precision: jnp.dtype) -> jax.Array:
-    """Images (B, S, S, 3), 0..255 -> embeddings (B, g, g, C) in that precision."""
+def encode(sam: Segmenter, params: Params, images: jax.Array, precision: jnp.dtype) -> Any:
+    """Images (B, S, S, 3), 0..255 -> what the decoder takes: embeddings (B, g, g, C), or SAM 2's `Features`."""
     cast = {"image_encoder": in_precision(params["image_encoder"], precision)}
     with whole_attention():
         return call(sam, cast, normalise(sam, images).astype(precision), method="encode_image")
 
 
-def upscale(sam: Sam, params: Params, embedding: jax.Array) -> jax.Array:
-    """The decoder's upscaling applied to the embedding alone: (B, g, g, C) -> (B, 4g, 4g, C/8)."""
-
-    def run(module: MaskDecoder, x: jax.Array) -> jax.Array:
-        return module.output_upscaling(x)
-
-    decoder = in_precision(params["mask_decoder"], embedding.dtype)
-    return nn.apply(run, MaskDecoder(sam.config, parent=None))({"params": decoder}, embedding)
+def embedding_of(features: Any) -> jax.Array:
+    """The embeddings (B, g, g, C) among what `encode` makes."""
+    return features.embedding if isinstance(features, Features) else features
 
 
-def encode_prompts(sam: Sam, params: Params, prompts: Prompts) -> tuple[jax.Array, jax.Array, jax.Array]:
+def upscale(sam: Segmenter, params: Params, features: Any) -> jax.Array:
+    """The decoder's upscaling applied to what `encode` makes alone: (B, 4g, 4g, C/8)."""
+
+    def run(module: Any) -> jax.Array:
+        return module.output_upscaling(*(features if isinstance(features, Features) else (features,)))
+
+    decoder = in_precision(params["mask_decoder"], embedding_of(features).dtype)
+    return nn.apply(run, sam.make_heads()[1])({"params": decoder})
+
+
+def encode_prompts(sam: Segmenter, params: Params, prompts: Prompts) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sparse (N, Q + 1, C), dense (N, g, g, C) and the positions of the image, float32.
 
     The tokens are those that `PromptEncoder` makes: a box and Q - 1 points, or Q points and a padding point.
@@ -101,18 +107,18 @@ def encode_prompts(sam: Sam, params: Params, prompts: Prompts) -> tuple[jax.Arra
     _, masked = embed(None, boxes, prompts.masks.reshape(n, size, size, 1))
     dense = jnp.where(prompts.masked.reshape(n, 1, 1, 1), masked, unmasked)
 
-    def positions(module: Sam) -> jax.Array:
+    def positions(module: Segmenter) -> jax.Array:
         return module.prompt_encoder.get_dense_pe()
 
-    return sparse, dense, nn.apply(positions, Sam(sam.config))({"params": encoder})
+    return sparse, dense, nn.apply(positions, sam)({"params": encoder})
 
 
-def decode(sam: Sam, params: Params, embedding: jax.Array, prompts: Prompts) -> Decoded:
-    """All four masks of every prompt, in the embedding's precision but for the prompts' positions."""
+def decode(sam: Segmenter, params: Params, features: Any, prompts: Prompts) -> Decoded:
+    """All four masks of every prompt, in the precision of `features`, which `encode` makes, but for the positions."""
     b, p = prompts.boxed.shape
-    precision = embedding.dtype
+    precision = embedding_of(features).dtype
     sparse, dense, positions = (a.astype(precision) for a in encode_prompts(sam, params, prompts))
-    repeated = jnp.repeat(embedding, p, axis=0)
+    repeated = jax.tree.map(lambda a: jnp.repeat(a, p, axis=0), features)
     decoder = {"params": in_precision(params["mask_decoder"], precision)}
     hyper: list[jax.Array] = []
 
@@ -123,6 +129,6 @@ def decode(sam: Sam, params: Params, embedding: jax.Array, prompts: Prompts) -> 
         return out
 
     with nn.intercept_methods(capture):
-        answer: Any = MaskDecoder(sam.config, parent=None).apply(decoder, repeated, positions, sparse, dense)
-    logits, iou = (a.astype(jnp.float32) for a in answer)
+        answer: Any = sam.make_heads()[1].apply(decoder, repeated, positions, sparse, dense)
+    logits, iou = (a.astype(jnp.float32) for a in answer[:2])
     return Decoded(logits.reshape(b, p, *logits.shape[1:]), iou.reshape(b, p, -1), hyper[-1].reshape(b, p, -1))

@@ -5,15 +5,17 @@ blob. So the embedding is also trained directly (`dense_loss`), and the mask tok
 image features that no prompt has touched (`token_loss`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from experiments.mini.augment import Batch
-from experiments.mini.forward import Decoded, Prompts, auxiliary_head, decode, encode, upscale
-from sam_flax.sam import Params, Sam, call
+from experiments.mini.forward import Decoded, Prompts, auxiliary_head, decode, embedding_of, encode, upscale
+from experiments.mini.teacher import Teacher, distance
+from sam_flax.sam import Params, call
+from sam_flax.segmenter import Segmenter
 
 SMALL = 0.0025  # share of the canvas: 32 x 32 pixels of a photograph of 640 x 640
 
@@ -24,6 +26,7 @@ class LossWeights(NamedTuple):
     iou: float = 1.0
     dense: float = 0.4
     token: float = 0.6
+    teacher: float = 1.0  # of the distance to the embeddings of a teacher, where there is one
     second: float = 0.5  # the round after the first click on an error, of half of the prompts; 0: it is left out
     # Of the single mask and of the best of three: a box means one object, a point may mean several.
     box: tuple[float, float] = (1.0, 0.3)
@@ -79,50 +82,56 @@ def mask_iou(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def dense_loss(
-    sam: Sam, params: Params, embedding: jax.Array, upscaled: jax.Array, target: jax.Array, region: jax.Array
+    sam: Segmenter, params: Params, features: Any, upscaled: jax.Array, target: jax.Array, region: jax.Array
 ) -> jax.Array:
     """The object's mean embedding must find the object in its box: (B, P)."""
     b, p, size, _ = target.shape
     g = sam.config.grid
     coarse = target.reshape(b, p, g, size // g, g, size // g).mean((3, 5))
     coarse = coarse / (coarse.sum((-2, -1), keepdims=True) + 1e-3)
-    mean = jnp.einsum("bpij,bijc->bpc", coarse, embedding.astype(jnp.float32))
+    mean = jnp.einsum("bpij,bijc->bpc", coarse, embedding_of(features).astype(jnp.float32))
     weights = call(auxiliary_head(sam.config.out_chans), params["auxiliary"], mean)
     logits = jnp.einsum("bpc,bijc->bpij", weights.astype(upscaled.dtype), upscaled).astype(jnp.float32)
     return balanced_bce(logits, target, region)
 
 
-def pretrain_loss(sam: Sam, params: Params, batch: Batch, precision: jnp.dtype) -> tuple[jax.Array, dict]:
-    """Encoder and upscaling alone, no prompts."""
-    embedding = encode(sam, params, batch.images, precision)
+def pretrain_loss(
+    sam: Segmenter, params: Params, batch: Batch, precision: jnp.dtype, teacher: Teacher | None = None
+) -> tuple[jax.Array, dict]:
+    """Encoder and upscaling alone, no prompts; with a teacher the encoder alone, by its embeddings."""
+    features = encode(sam, params, batch.images, precision)
+    if teacher is not None:
+        loss = distance(sam, features, teacher, batch.images, precision)
+        return loss, {"loss": loss, "teacher": loss}
     region = box_region(batch.true_boxes, sam.config.img_size, batch.masks.shape[-1])
-    upscaled = upscale(sam, params, embedding)
-    loss = _weighted(dense_loss(sam, params, embedding, upscaled, batch.masks, region), batch.weight)
+    upscaled = upscale(sam, params, features)
+    loss = _weighted(dense_loss(sam, params, features, upscaled, batch.masks, region), batch.weight)
     return loss, {"loss": loss, "dense": loss}
 
 
 def joint_loss(
-    sam: Sam,
+    sam: Segmenter,
     params: Params,
     batch: Batch,
     key: jax.Array,
     weights: LossWeights,
     precision: jnp.dtype,
     frozen_encoder: bool = False,
+    teacher: Teacher | None = None,
 ) -> tuple[jax.Array, dict]:
     """The full objective: every prompt, then half of them again with a click on the first answer's error.
 
     With `frozen_encoder` no gradient is computed for the image encoder.
     """
-    embedding = encode(sam, params, batch.images, precision)
+    features = encode(sam, params, batch.images, precision)
     if frozen_encoder:
-        embedding = jax.lax.stop_gradient(embedding)
+        features = jax.lax.stop_gradient(features)
     prompts = first_prompts(batch)
-    first = decode(sam, params, embedding, prompts)
+    first = decode(sam, params, features, prompts)
     region = box_region(batch.true_boxes, sam.config.img_size, batch.masks.shape[-1])
     losses, iou = _mask_losses(first, batch.masks, region, batch.is_point, weights)
 
-    upscaled = upscale(sam, params, embedding)
+    upscaled = upscale(sam, params, features)
     hyper = first.hyper.astype(upscaled.dtype)
     token_logits = jnp.einsum("bpc,bijc->bpij", hyper, upscaled).astype(jnp.float32)
     token = _weighted(balanced_bce(token_logits, batch.masks, region), batch.weight)
@@ -136,18 +145,21 @@ def joint_loss(
     }
     total = _weighted(losses, w) + weights.token * token
     if weights.dense:
-        metrics["dense"] = _weighted(dense_loss(sam, params, embedding, upscaled, batch.masks, region), w)
+        metrics["dense"] = _weighted(dense_loss(sam, params, features, upscaled, batch.masks, region), w)
         total += weights.dense * metrics["dense"]
+    if teacher is not None and weights.teacher:
+        metrics["teacher"] = distance(sam, features, teacher, batch.images, precision)
+        total += weights.teacher * metrics["teacher"]
     if weights.second:
-        again, click_iou = _second_round(sam, params, embedding, batch, region, key, prompts, first, weights)
+        again, click_iou = _second_round(sam, params, features, batch, region, key, prompts, first, weights)
         total, metrics["click_iou"] = total + weights.second * again, click_iou
     return total, {"loss": total, **metrics}
 
 
 def _second_round(
-    sam: Sam,
+    sam: Segmenter,
     params: Params,
-    embedding: jax.Array,
+    features: Any,
     batch: Batch,
     region: jax.Array,
     key: jax.Array,
@@ -158,7 +170,7 @@ def _second_round(
     """The loss and the IoU of the answers to a click on the errors of the first ones."""
     half = batch.weight.shape[1] // 2
     clicked = second_prompts(key, prompts, first, batch.masks, half, sam.config.img_size)
-    again = decode(sam, params, embedding, clicked)
+    again = decode(sam, params, features, clicked)
     # Two prompts mean one object, whether there is a box or not.
     none = jnp.zeros_like(batch.is_point[:, :half])
     losses, iou = _mask_losses(again, batch.masks[:, :half], region[:, :half], none, weights)

@@ -12,7 +12,9 @@ import optax
 from experiments.mini.atlas import Atlas
 from experiments.mini.augment import BatchSettings, make_batch
 from experiments.mini.losses import LossWeights, joint_loss, pretrain_loss
-from sam_flax.sam import Params, Sam
+from experiments.mini.teacher import Teacher
+from sam_flax.sam import Params
+from sam_flax.segmenter import Segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,34 +96,49 @@ def _named(name: str) -> Callable[[Params], Params]:
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == name, params)
 
 
-Step = Callable[[TrainState, jax.Array, jax.Array, Atlas, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[
+    [TrainState, jax.Array, jax.Array, Atlas, jax.Array, Params | None], tuple[TrainState, dict[str, jax.Array]]
+]
 
 
 def make_step(
-    sam: Sam,
+    sam: Segmenter,
     schedule: Schedule,
     settings: BatchSettings,
     weights: LossWeights,
     phase: str,
     precision: jnp.dtype,
+    teacher: Segmenter | None = None,
 ) -> Step:
-    """One jitted optimisation step: (state, key, total, atlas, cumulative weights) -> state, metrics.
+    """One jitted optimisation step: (state, key, total, atlas, cumulative weights, teacher) -> state, metrics.
+
+    The last argument are the parameters of the `teacher`, or None.
 
     The batch is drawn by the key and the state's step alone.
     """
     direction = _direction(schedule)
 
-    def loss(params: Params, key: jax.Array, atlas: Atlas, cumulative: jax.Array) -> tuple[jax.Array, dict]:
+    def loss(
+        params: Params, key: jax.Array, atlas: Atlas, cumulative: jax.Array, taught: Params | None
+    ) -> tuple[jax.Array, dict]:
         batch_key, click_key = jax.random.split(key)
         batch = make_batch(batch_key, atlas, cumulative, settings)
+        by = None if teacher is None or taught is None else Teacher(teacher, taught)
         if phase == "pretrain":
-            return pretrain_loss(sam, params, batch, precision)
-        return joint_loss(sam, params, batch, click_key, weights, precision, schedule.frozen_encoder)
+            return pretrain_loss(sam, params, batch, precision, by)
+        return joint_loss(sam, params, batch, click_key, weights, precision, schedule.frozen_encoder, by)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, key: jax.Array, total: jax.Array, atlas: Atlas, cumulative: jax.Array) -> Any:
+    def step(
+        state: TrainState,
+        key: jax.Array,
+        total: jax.Array,
+        atlas: Atlas,
+        cumulative: jax.Array,
+        taught: Params | None = None,
+    ) -> Any:
         gradient = jax.grad(loss, has_aux=True)
-        grads, metrics = gradient(state.params, jax.random.fold_in(key, state.step), atlas, cumulative)
+        grads, metrics = gradient(state.params, jax.random.fold_in(key, state.step), atlas, cumulative, taught)
         metrics["gradient"] = optax.global_norm(grads)
         updates, moments = direction.update(grads, state.moments, state.params)
         encoder, decoder = schedule.rates(state.step, total)

@@ -5,19 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.mini.forward import auxiliary_head
-from sam_flax.config import SamConfig
-from sam_flax.sam import Params, Sam
+from sam_flax.config import SamConfig, SegmenterConfig
+from sam_flax.sam import Params
+from sam_flax.segmenter import Segmenter
 
 # Cycles of the positional features over half the canvas. With lower ones than a token wide a box is blurred, with
 # higher ones the decoder does not find it for long: trials at 16 and 20 tokens across learned with 3, not with 12.
 FREQUENCIES = (0.125, 0.2)  # lowest, and highest times the tokens across
 
 
-def init_params(sam: Sam, seed: int) -> Params:
+def init_params(sam: Segmenter, seed: int) -> Params:
     """Random parameters with the starts that make a small SAM learn at once.
 
     The Fourier matrix has moderate frequencies, the first self-attention (which has no residual) is near the
-    identity, and the patch embedding is a rotated cosine basis.
+    identity, and the patch embedding of a plain ViT is a rotated cosine basis.
     """
     key = jax.random.key(seed)
     params = sam.init_params(key)
@@ -35,11 +36,12 @@ def init_params(sam: Sam, seed: int) -> Params:
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         first[name]["kernel"] = np.eye(c, dtype=np.float32) + 0.02 * np.asarray(first[name]["kernel"])
 
-    params["image_encoder"]["patch_embed"]["proj"]["kernel"] = cosine_patches(rng, config)
+    if isinstance(config, SamConfig):
+        params["image_encoder"]["patch_embed"]["proj"]["kernel"] = cosine_patches(rng, config)
     return with_auxiliary({k: dict(v) for k, v in params.items()}, config, seed)
 
 
-def with_auxiliary(params: Params, config: SamConfig, seed: int) -> Params:
+def with_auxiliary(params: Params, config: SegmenterConfig, seed: int) -> Params:
     """The parameters in float32 and those of the heads that only training has, drawn anew."""
     key = jax.random.fold_in(jax.random.key(seed), 1)
     auxiliary = auxiliary_head(config.out_chans).init(key, jnp.zeros((1, config.out_chans)))["params"]

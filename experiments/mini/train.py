@@ -17,9 +17,11 @@ from experiments.mini.losses import LossWeights
 from experiments.mini.schedule import Schedule, Step, make_step, start_state
 from experiments.mini.start import init_params, with_auxiliary
 from experiments.mini.state import load_state, save_state
-from sam_flax.config import SamConfig
+from experiments.mini.teacher import Teacher, check_grids, with_heads_of
+from sam_flax.config import SegmenterConfig
 from sam_flax.files.checkpoint import save_params
-from sam_flax.sam import Params, Sam
+from sam_flax.sam import Params
+from sam_flax.segmenter import Segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,32 +56,41 @@ class RunSettings:
 
 def train(
     out: Path,
-    config: SamConfig,
+    sam: Segmenter,
     schedule: Schedule,
     batches: BatchSettings,
     run: RunSettings,
     atlas: Atlas,
     sources: tuple[str, ...],
     start: Params | None = None,
+    teacher: Teacher | None = None,
 ) -> Params:
     """Trains (or resumes) and returns the averaged parameters.
 
     Args:
         out: folder of `state.npz`, `curve.jsonl` and `mini.safetensors`.
-        config: the model.
+        sam: the model.
         schedule: its phases.
         batches: what a batch is.
         run: the rest.
         atlas: the images.
         sources: where each of them comes from.
         start: weights to start from instead of random ones, without training heads.
+        teacher: a model whose heads the training starts from, too, and whose embeddings the encoder learns to make.
+
+    Raises:
+        InputError: if embeddings of model and teacher have different shapes, or a saved state is of other settings.
     """
     begun = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    sam = Sam(config)
+    config = sam.config
     params = init_params(sam, run.seed) if start is None else with_auxiliary(start, config, run.seed)
+    if teacher is not None:
+        check_grids(sam, teacher.sam)
+        params = with_heads_of(params, teacher.params)
     state = start_state(params, schedule)
-    fingerprint, state_path = _fingerprint(config, schedule, batches, run, start), out / "state.npz"
+    fingerprint = _fingerprint(config, schedule, batches, run, start, teacher)
+    state_path = out / "state.npz"
     if state_path.exists():
         state = load_state(state_path, state, fingerprint)
     cumulative = jnp.asarray(cumulative_weights(sources, dict(run.source_weights), run.scene_share))
@@ -88,6 +99,7 @@ def train(
     precision = jnp.dtype(run.precision)
     evaluate = make_curve(sam, batches, precision)
     steps: dict[str, Step] = {}
+    taught_by, taught = teacher or (None, None)
     key, total = jax.random.fold_in(jax.random.key(run.seed), 7), schedule.total
     log, clock = _Log(out / "curve.jsonl"), _Clock(schedule, run.minutes, begun)
     saved = time.monotonic()
@@ -97,8 +109,8 @@ def train(
         # The decoder alone learns in the warm phase, by its rates: it shares the joint phase's compiled step.
         compiled = "pretrain" if phase == "pretrain" else "joint"
         if compiled not in steps:
-            steps[compiled] = make_step(sam, schedule, batches, run.losses, compiled, precision)
-        state, metrics = steps[compiled](state, key, jnp.asarray(total), atlas, cumulative)
+            steps[compiled] = make_step(sam, schedule, batches, run.losses, compiled, precision, taught_by)
+        state, metrics = steps[compiled](state, key, jnp.asarray(total), atlas, cumulative, taught)
         log.add(metrics)
         done += 1
         total = clock.total(done, total, metrics)
@@ -166,14 +178,28 @@ class _Log:
 
 
 def _fingerprint(
-    config: SamConfig, schedule: Schedule, batches: BatchSettings, run: RunSettings, start: Params | None
+    config: SegmenterConfig,
+    schedule: Schedule,
+    batches: BatchSettings,
+    run: RunSettings,
+    start: Params | None,
+    teacher: Teacher | None,
 ) -> str:
     # The length of the last phase may change on resuming: it shapes the remaining steps only.
     past = {k: v for k, v in dataclasses.asdict(schedule).items() if k != "joint_steps"}
-    what = (run.seed, run.scene_share, run.source_weights, run.precision, run.losses, start is not None)
+    what: tuple[Any, ...] = (
+        run.seed,
+        run.scene_share,
+        run.source_weights,
+        run.precision,
+        run.losses,
+        start is not None,
+    )
+    if teacher is not None:
+        what = (*what, teacher.sam.config.to_dict())
     return json.dumps([config.to_dict(), past, dataclasses.asdict(batches), what])
 
 
-def export(path: Path, config: SamConfig, params: Params) -> None:
+def export(path: Path, config: SegmenterConfig, params: Params) -> None:
     """Saves the model without its training heads, at half precision."""
     save_params(path, config, {k: v for k, v in params.items() if k != "auxiliary"}, "float16")

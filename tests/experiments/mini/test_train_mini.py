@@ -214,7 +214,7 @@ def _train(out: Path, packed: tuple[atlases.Atlas, tuple[str, ...]], lengths: tu
     run = train.RunSettings(scene_share=0.5, precision="float32", log_every=2, eval_every=100, eval_batches=1)
     run = dataclasses.replace(run, save_minutes=0.0)
     settings = dataclasses.replace(SETTINGS, batch=2)
-    return train.train(out, TINY, plan, settings, run, *packed)
+    return train.train(out, Sam(TINY), plan, settings, run, *packed)
 
 
 @pytest.mark.slow
