@@ -1,7 +1,7 @@
 """MobileSAM: TinyViT's stages, units and recipe, and its attentions with a table of biases on codes."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,12 +10,10 @@ from jaxtyping import Array, Float
 
 from ahcptq_jax.architectures import sam_heads
 from ahcptq_jax.architectures.base import (
-    Architecture,
     AttentionCodes,
     Operation,
     Rewritable,
     RunOnCodes,
-    Shape,
     Unit,
     register,
 )
@@ -23,12 +21,8 @@ from ahcptq_jax.rules import FLOAT, Rule
 from sam_flax.encoders import attention, tiny_vit
 from sam_flax.encoders.tiny_vit import MobileSamConfig
 from sam_flax.errors import InputError
-from sam_flax.files.checkpoint import parse_config
-from sam_flax.files.families import entries_of
 from sam_flax.heads import mask_decoder
 from sam_flax.mobile_sam import MobileSam
-from sam_flax.sam import Params
-from sam_flax.stages import StageGraph
 
 _BLOCK = r"image_encoder/blocks_\d+"
 _CONVS = r"image_encoder/(blocks|merges)_\d+"
@@ -55,38 +49,15 @@ RULES = (
 )
 
 
-class MobileSamArchitecture(Architecture):
+class MobileSamArchitecture(sam_heads.SamFamily):
     """The family of `sam_flax.mobile_sam.MobileSam`; see `Architecture` for its methods."""
 
     name = "mobile_sam"
+    segmenter = MobileSam
+    configuration = MobileSamConfig
     rules = RULES
-    parts = sam_heads.PARTS
-    decoder_parts = sam_heads.DECODER_PARTS
     transforms = ("fold_norms",)
-    bimodal = sam_heads.BIMODAL
-    focused = sam_heads.ATTENTION
     attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
-
-    def fits(self, sam: Any) -> bool:
-        return isinstance(sam, MobileSam)
-
-    def module(self, config: Any) -> MobileSam | None:
-        return MobileSam(config) if isinstance(config, MobileSamConfig) else None
-
-    def parse_config(self, text: str, source: str) -> MobileSamConfig:
-        config = parse_config(text, source)
-        if not isinstance(config, MobileSamConfig):
-            raise InputError(f"{source} has the configuration of another family than MobileSAM.")
-        return config
-
-    def most_repeated(self, config: MobileSamConfig) -> int:
-        return config.layers()
-
-    def stages(self, sam: MobileSam) -> StageGraph:
-        return sam.stages()
-
-    def embed(self, sam: MobileSam, params: Params, images: Float[Array, "b s s 3"]) -> Float[Array, "b s s 3"]:
-        return sam.embed(params, images)
 
     def encoder_units(self, sam: MobileSam, granularity: str = "part") -> list[Unit]:
         if granularity == "stage":
@@ -106,14 +77,8 @@ class MobileSamArchitecture(Architecture):
             units.append(Unit(whole, prefix, (), Operation(stage.module), part, loss_axis=axis, inputs=before))
         return units
 
-    def decoder_units(self, sam: MobileSam) -> list[Unit]:
-        return sam_heads.decoder_units(sam.config)
-
     def whole_decoder(self, sam: MobileSam) -> Unit:
         return sam_heads.whole_decoder(sam.config)
-
-    def shapes(self, sam: MobileSam) -> dict[str, Shape]:
-        return {entry.path: entry.shape for entry in entries_of(sam.config)}
 
     def attention_map(
         self, q: Float[Array, "*g m d"], k: Float[Array, "*g n d"], *biases: Float[Array, "..."]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -12,12 +12,10 @@ from jaxtyping import Array, Float
 
 from ahcptq_jax.architectures import sam_heads
 from ahcptq_jax.architectures.base import (
-    Architecture,
     AttentionCodes,
     Operation,
     Rewritable,
     RunOnCodes,
-    Shape,
     Unit,
     register,
 )
@@ -25,8 +23,6 @@ from ahcptq_jax.rules import Rule
 from sam_flax.encoders import attention, hiera
 from sam_flax.encoders.hiera import Sam2Config
 from sam_flax.errors import InputError
-from sam_flax.files.checkpoint import parse_config
-from sam_flax.files.families import entries_of
 from sam_flax.heads import mask_decoder
 from sam_flax.layers import in_float32
 from sam_flax.sam import Params
@@ -51,31 +47,14 @@ RULES = (
 )
 
 
-class Sam2Architecture(Architecture):
+class Sam2Architecture(sam_heads.SamFamily):
     """The family of `sam_flax.sam2.Sam2`; see `Architecture` for its methods."""
 
     name = "sam2"
+    segmenter = Sam2
+    configuration = Sam2Config
     rules = RULES
-    parts = sam_heads.PARTS
-    decoder_parts = sam_heads.DECODER_PARTS
-    bimodal = sam_heads.BIMODAL
-    focused = sam_heads.ATTENTION
     attentions: ClassVar[Mapping[type[nn.Module], RunOnCodes]] = {}
-
-    def fits(self, sam: Any) -> bool:
-        return isinstance(sam, Sam2)
-
-    def module(self, config: Any) -> Sam2 | None:
-        return Sam2(config) if isinstance(config, Sam2Config) else None
-
-    def parse_config(self, text: str, source: str) -> Sam2Config:
-        config = parse_config(text, source)
-        if not isinstance(config, Sam2Config):
-            raise InputError(f"{source} has the configuration of another family than SAM 2.")
-        return config
-
-    def most_repeated(self, config: Sam2Config) -> int:
-        return config.layers()
 
     def stages(self, sam: Sam2) -> StageGraph:
         """See `Architecture.stages`; the model's own first stage, the patch embedding, is `embed` here."""
@@ -121,12 +100,6 @@ class Sam2Architecture(Architecture):
 
     def unit_outputs(self, sam: Sam2, granularity: str = "part") -> tuple[str, ...]:
         return tuple(unit.name for unit in self.encoder_units(sam, granularity)[-3:])
-
-    def decoder_units(self, sam: Sam2) -> list[Unit]:
-        return sam_heads.decoder_units(sam.config)
-
-    def shapes(self, sam: Sam2) -> dict[str, Shape]:
-        return {entry.path: entry.shape for entry in entries_of(sam.config)}
 
     def rewritable(self, sam: Sam2) -> Rewritable:
         config, norms = sam.config, []

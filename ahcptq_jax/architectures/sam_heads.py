@@ -1,15 +1,22 @@
-"""SAM's prompt encoder and mask decoder, which all families share: their recipe, units, and attention on codes."""
+"""What families with SAM's prompt encoder and mask decoder share: recipe and units of these, attention on codes."""
+
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ahcptq_jax.architectures.base import AttentionCodes, Operation, Unit
+from ahcptq_jax.architectures.base import Architecture, AttentionCodes, Operation, Shape, Unit
 from ahcptq_jax.rules import FLOAT, Rule
 from sam_flax.config import SegmenterConfig
+from sam_flax.errors import InputError
+from sam_flax.files.checkpoint import parse_config
+from sam_flax.files.families import entries_of
 from sam_flax.heads import mask_decoder
 from sam_flax.layers import MLPBlock
+from sam_flax.segmenter import Params, Segmenter
+from sam_flax.stages import StageGraph
 
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 DECODER_PARTS = ("prompt_encoder", "mask_decoder")
@@ -32,6 +39,49 @@ RULES = (
     Rule(TRANSFORMER + r"/layers_\d+/mlp/lin2/input", "hybrid"),
     Rule(_FLOAT_HEADS + r"/layers_\d+/input", FLOAT),
 )
+
+
+class SamFamily(Architecture):
+    """A family of segmenters of `sam_flax`, with SAM's heads; see `Architecture` for its methods.
+
+    Attributes:
+        segmenter: the module.
+        configuration: the type of its configuration.
+    """
+
+    segmenter: ClassVar[type[Segmenter]]
+    configuration: ClassVar[type[SegmenterConfig]]
+    parts = PARTS
+    decoder_parts = DECODER_PARTS
+    bimodal = BIMODAL
+    focused = ATTENTION
+
+    def fits(self, sam: Any) -> bool:
+        return isinstance(sam, self.segmenter)
+
+    def module(self, config: Any) -> Segmenter | None:
+        return self.segmenter(config) if isinstance(config, self.configuration) else None
+
+    def parse_config(self, text: str, source: str) -> Any:
+        config = parse_config(text, source)
+        if not isinstance(config, self.configuration):
+            raise InputError(f"{source} has the configuration of another family than {self.name}.")
+        return config
+
+    def most_repeated(self, config: Any) -> int:
+        return config.layers()
+
+    def stages(self, sam: Any) -> StageGraph:
+        return sam.stages()
+
+    def embed(self, sam: Any, params: Params, images: Float[Array, "b s s 3"]) -> Any:
+        return sam.embed(params, images)
+
+    def decoder_units(self, sam: Any) -> list[Unit]:
+        return decoder_units(sam.config)
+
+    def shapes(self, sam: Any) -> dict[str, Shape]:
+        return {entry.path: entry.shape for entry in entries_of(sam.config)}
 
 
 class Masks(mask_decoder.MaskDecoder):

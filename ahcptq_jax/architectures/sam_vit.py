@@ -14,12 +14,10 @@ from jaxtyping import Array, Float
 
 from ahcptq_jax.architectures import sam_heads
 from ahcptq_jax.architectures.base import (
-    Architecture,
     AttentionCodes,
     Operation,
     Rewritable,
     RunOnCodes,
-    Shape,
     Unit,
     register,
 )
@@ -28,14 +26,12 @@ from ahcptq_jax.rules import Rule
 from sam_flax.config import SamConfig
 from sam_flax.encoders import vit
 from sam_flax.errors import InputError
-from sam_flax.files.checkpoint import parse_config
 from sam_flax.files.families import entries_of
 from sam_flax.files.infer import infer_config
-from sam_flax.files.parameters import parameter_shapes
 from sam_flax.files.trees import check_tree
 from sam_flax.heads import mask_decoder
-from sam_flax.sam import Params, Sam, embed_image, make_block, stage_graph
-from sam_flax.stages import EMBEDDED, Stage, StageGraph
+from sam_flax.sam import Params, Sam, make_block, stage_graph
+from sam_flax.stages import EMBEDDED, Stage
 
 _BLOCK = r"image_encoder/blocks_\d+"
 
@@ -73,34 +69,14 @@ class Blocks(nn.Module):
         return x
 
 
-class SamVit(Architecture):
+class SamVit(sam_heads.SamFamily):
     """The family of `sam_flax.Sam`; see `Architecture` for its methods."""
 
     name = "sam_vit"
+    segmenter = Sam
+    configuration = SamConfig
     rules = RULES
-    parts = sam_heads.PARTS
-    decoder_parts = sam_heads.DECODER_PARTS
-    bimodal = sam_heads.BIMODAL
-    focused = sam_heads.ATTENTION
     transformer = sam_heads.TRANSFORMER
-
-    def fits(self, sam: Any) -> bool:
-        return isinstance(sam, Sam)
-
-    def module(self, config: Any) -> Sam | None:
-        return Sam(config) if isinstance(config, SamConfig) else None
-
-    def parse_config(self, text: str, source: str) -> SamConfig:
-        return parse_config(text, source)
-
-    def most_repeated(self, config: SamConfig) -> int:
-        return max(config.depth, config.decoder_depth, config.num_multimask_outputs, config.iou_head_depth)
-
-    def stages(self, sam: Sam) -> StageGraph:
-        return stage_graph(sam.config)
-
-    def embed(self, sam: Sam, params: Params, images: Float[Array, "b s s 3"]) -> Float[Array, "b g g c"]:
-        return embed_image(sam.config, params, images)
 
     def neck(self, sam: Sam) -> Stage:
         return stage_graph(sam.config).stages[-1]
@@ -132,20 +108,14 @@ class SamVit(Architecture):
             units += [first, second]
         return units
 
-    def decoder_units(self, sam: Sam) -> list[Unit]:
-        return sam_heads.decoder_units(sam.config)
-
     def whole_decoder(self, sam: Sam) -> Unit:
         return sam_heads.whole_decoder(sam.config)
-
-    def shapes(self, sam: Sam) -> dict[str, Shape]:
-        return parameter_shapes(sam.config)
 
     def sites(self, sam: Sam) -> dict[str, int | None]:
         """See `Architecture.sites`; from the shapes of the parameters, since tracing a SAM-H takes seconds."""
         config = sam.config
         sites: dict[str, int | None] = {}
-        for path, shape in parameter_shapes(config).items():
+        for path, shape in self.shapes(sam).items():
             layer, _, leaf = path.rpartition("/")
             if leaf != "kernel" or not any(layer.startswith(part) for part in _PARTS_WITH_SITES):
                 continue
