@@ -296,6 +296,7 @@ def test_every_site_has_the_recipes_kind(w4a4):
     assert {type(q) for q in w4a4.activations.values()} == set(KINDS.values())
 
 
+@pytest.mark.slow
 def test_eight_bits_come_closer_than_four(tiny, w4a4, canvas):
     sam, params = tiny
     reference = SamModel(sam, params)

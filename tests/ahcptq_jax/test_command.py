@@ -16,6 +16,7 @@ from ahcptq_jax.command import FAILED, INTERRUPTED, finish
 from sam_flax.errors import InputError
 
 ROOT = Path(__file__).parents[3]
+SMALL = "--checkpoint=mini-scenes"
 
 
 def raising(error: BaseException) -> int:
@@ -75,7 +76,12 @@ def test_a_device_that_is_not_there_is_named(
 
 
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "experiments.main", "--method=fp", "--noblank", *arguments]
+    # Whatever started the tests in the background may have had them ignore interrupts, which processes inherit.
+    script = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('experiments.main', run_name='__main__', alter_sys=True)"
+    )
+    words = [sys.executable, "-c", script, "--method=fp", "--noblank", *arguments]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
 
 
@@ -91,9 +97,9 @@ def wait_for(out: Path, images: int) -> None:
 
 def test_two_runs_into_one_folder_and_an_interrupt(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = start("--num_scenes=2000", f"--out={out}")
+    first = start("--num_scenes=1000", SMALL, f"--out={out}")
     wait_for(out, 1)
-    second = start("--num_scenes=2000", f"--out={out}")
+    second = start("--num_scenes=1000", SMALL, f"--out={out}")
     _, told = second.communicate(timeout=300)
     assert second.returncode == FAILED and "Traceback" not in told
     assert told.strip().splitlines()[-1].startswith(f"Error: Another run is writing to --out={out}")
@@ -109,7 +115,7 @@ def test_two_runs_into_one_folder_and_an_interrupt(tmp_path: Path) -> None:
 def test_closed_output_is_no_fault(tmp_path: Path) -> None:
     """The results are written, and no file of the run takes the place of standard error."""
     out = tmp_path / "out"
-    words = f"{sys.executable} -m experiments.main --method=fp --noblank --num_scenes=1 --out={out} >&- 2>&-"
+    words = f"{sys.executable} -m experiments.main --method=fp --noblank --num_scenes=1 {SMALL} --out={out} >&- 2>&-"
     done = subprocess.run(words, cwd=ROOT, shell=True, timeout=300)
     assert done.returncode == 0
     assert sorted(path.name for path in out.iterdir()) == ["flags.txt", "log.jsonl", "report.html", "results.json"]

@@ -100,7 +100,7 @@ def calib():
     return [rng.integers(0, 256, (100, 120, 3), dtype=np.uint8) for _ in range(2)]
 
 
-@pytest.fixture(scope="module", params=[0, 8], ids=["off", "grid8"])
+@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.slow, id="off"), pytest.param(8, id="grid8")])
 def quantized(request, sam_tiny, calib):
     config, params = sam_tiny
     settings = dataclasses.replace(CONFIG, grid_bits=request.param)

@@ -271,6 +271,7 @@ def test_it_is_quantized_and_runs(pyramid, calib, canvas):
     assert errors[8, "ahcptq"] < 0.5, errors
 
 
+@pytest.mark.slow
 def test_it_is_reconstructed(learned, pyramid, canvas):
     quantized, reports = learned
     assert [report.name for report in reports] == ["main", "coarse", "side", "neck", "attend"]

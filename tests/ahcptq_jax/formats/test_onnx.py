@@ -179,7 +179,7 @@ def test_a_float_model_gives_the_same_embeddings_and_masks(model, float_files):
 
 @pytest.mark.parametrize(
     ("w_bits", "a_bits"),
-    [(4, 4), (8, 8), pytest.param(3, 5, marks=pytest.mark.slow), pytest.param(6, 7, marks=pytest.mark.slow)],
+    [(4, 4), *(pytest.param(*bits, marks=pytest.mark.slow) for bits in ((8, 8), (3, 5), (6, 7)))],
 )
 def test_a_quantized_model_gives_the_same_masks(quantized, tmp_path, w_bits, a_bits):
     chosen = quantized if (w_bits, a_bits) == (4, 4) else with_widths(quantized, w_bits, a_bits)

@@ -56,6 +56,7 @@ def calib():
     return [(rng.integers(0, 256, (100, 120, 3), dtype=np.uint8), boxes) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_damages_foretell_what_the_logits_lose(sam_tiny, calib):
     """Over layers and widths, the predicted squared error and the true one rise together, and are of one size."""
     config, params = sam_tiny

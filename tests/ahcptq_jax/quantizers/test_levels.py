@@ -47,7 +47,7 @@ def all_codes(quantizer):
     return np.broadcast_to(codes[:, None], (len(codes), CHANNELS)) if isinstance(quantizer, Grouped) else codes
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [2, 4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 5, 6, 7))])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_levels_of_a_quantizer_on_the_grid_are_its_values(bits, data):

@@ -23,7 +23,7 @@ import sys
 import jax, numpy as np
 from ahcptq_jax.api import quantize
 import ahcptq_jax.devices
-from ahcptq_jax.config import QuantConfig
+from ahcptq_jax.config import METHODS, QuantConfig
 from experiments import coco, evaluate
 from experiments.evaluate.journal import to_record
 from experiments.job import devices
@@ -44,9 +44,9 @@ boxes = coco.load_boxes("gt", dataset)
 none = coco.ImageBoxes(np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
 boxes.per_image[dataset.items[3].image_id] = none
 models, found = {"float": model}, {"devices": jax.device_count()}
-if sys.argv[5:] == ["quantized"]:
+if sys.argv[5:]:
     # The images are dealt out to the devices; then once more, all on one.
-    config = QuantConfig(cag=False, big=False, agq=False, weight_search=False)
+    config = QuantConfig(**METHODS[sys.argv[5]])
     models["quantized"] = quantize(params, images[:3], config, sam=model.sam)
     ahcptq_jax.devices.count = lambda: 1
     leaves, single = map(jax.tree.leaves, (models["quantized"], quantize(params, images[:3], config, sam=model.sam)))
@@ -92,10 +92,10 @@ def check_equal(found: dict[str, Any], name: str, own: int) -> None:
     assert (single["resumed"], shared["resumed"], resumed["resumed"]) == (0, 0, own)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_devices_equal_one(count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "method"), [(2, "minmax"), pytest.param(4, "ahcptq", marks=pytest.mark.slow)])
+def test_several_devices_equal_one(count: int, method: str, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    found = results(start(out, "", "1", "0", "quantized", local_devices=count), out)
+    found = results(start(out, "", "1", "0", method, local_devices=count), out)
     assert found["devices"] == count
     leaves, equal = found["calibration"]
     assert leaves == equal > 0
