@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
+from ahcptq_jax.architectures import module_of
 from ahcptq_jax.calibration.statistics import draw_rows
 from ahcptq_jax.config import QuantConfig
 from ahcptq_jax.quantizers import Hybrid, searches
@@ -26,8 +27,11 @@ from ahcptq_jax.quantizers.searches import grouping
 from experiments.bench import learning, peers
 from experiments.bench.made_up import random_quantized
 from experiments.job.allocator import keep_pages
-from sam_flax import Sam, SamModel
-from sam_flax.config import MINI, VIT_B, VIT_H, VIT_L, SamConfig
+from experiments.mini.models import MODELS
+from sam_flax import SamModel
+from sam_flax.config import MINI, VIT_B, VIT_H, VIT_L, SamConfig, SegmenterConfig
+from sam_flax.encoders.hiera import SAM2_TINY
+from sam_flax.encoders.tiny_vit import MOBILE_SAM
 from sam_flax.errors import InputError
 
 try:
@@ -94,30 +98,45 @@ def encoder_flops(config: SamConfig) -> float:
     return 2.0 * total
 
 
-def _toy(config: SamConfig) -> SamConfig:
-    """A two-block encoder of the same kind: one block in windows, one global."""
+def _toy(config: Any) -> Any:
+    """A small encoder of the same family; of SAM's, one block in windows and one global."""
+    if not isinstance(config, SamConfig):
+        return next(sam.config for sam in MODELS.values() if sam.config.family == config.family)
     toy = dataclasses.replace(MINI, img_size=64, depth=2, window_size=5, global_attn_indexes=(1,))
     return dataclasses.replace(toy, mlp_ratio=config.mlp_ratio)
 
 
-def _encoder(config: SamConfig) -> Callable[[bool], Work]:
+def _model(config: SegmenterConfig, bits: int | None) -> Any:
+    """A model of random weights, in floating point or quantized."""
+    sam = module_of(config)
+    params = sam.init_params(jax.random.key(0))
+    if bits is None:
+        return SamModel(sam, params)
+    return random_quantized(config, params, QuantConfig(w_bits=bits, a_bits=bits))
+
+
+def _image(config: SegmenterConfig) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (1, config.img_size, config.img_size, 3))
+
+
+def _encoder(config: SegmenterConfig, bits: int | None = None) -> Callable[[bool], Work]:
     def prepare(toy: bool) -> Work:
         chosen = _toy(config) if toy else config
-        sam = Sam(chosen)
-        model = SamModel(sam, sam.init_params(jax.random.key(0)))
-        images = jax.random.normal(jax.random.key(1), (1, chosen.img_size, chosen.img_size, 3))
-        return Work(lambda: model.encode_image(images), flops=encoder_flops(chosen))
+        model, images = _model(chosen, bits), _image(chosen)
+        flops = encoder_flops(chosen) if isinstance(chosen, SamConfig) else None
+        return Work(lambda: model.encode_image(images), flops=flops)
 
     return prepare
 
 
-def _quantized_encoder(config: SamConfig, bits: int) -> Callable[[bool], Work]:
+def _answer(config: SegmenterConfig, bits: int | None = None) -> Callable[[bool], Work]:
+    """The masks of eight boxes on one image."""
+
     def prepare(toy: bool) -> Work:
         chosen = _toy(config) if toy else config
-        params = Sam(chosen).init_params(jax.random.key(0))
-        model = random_quantized(chosen, params, QuantConfig(w_bits=bits, a_bits=bits))
-        images = jax.random.normal(jax.random.key(1), (1, chosen.img_size, chosen.img_size, 3))
-        return Work(lambda: model.encode_image(images), flops=encoder_flops(chosen))
+        model, images = _model(chosen, bits), _image(chosen)
+        boxes = jnp.tile(jnp.array([[0.1, 0.2, 0.6, 0.7]]) * chosen.img_size, (8, 1))
+        return Work(lambda: model.decode(model.encode_image(images), None, boxes, None, False))
 
     return prepare
 
@@ -138,20 +157,15 @@ def _runtimes(config: SamConfig) -> dict[str, Callable[[bool], Work]]:
     return {name: partial(prepare, run=run) for name, run in peers.RUNTIMES.items()}
 
 
-def _onnx_encoder(config: SamConfig, bits: int | None, vnni: bool = False) -> Callable[[bool], Work]:
+def _onnx_encoder(config: SegmenterConfig, bits: int | None, vnni: bool = False) -> Callable[[bool], Work]:
     """Our own export in ONNX Runtime, at so many bits, or in floating point; `vnni` as `export_onnx` takes it."""
 
     def prepare(toy: bool) -> Work:
         if export_onnx is None:
             raise InputError("Rows of ONNX files need the extra onnx; install it with pip install 'ahcptq-jax[onnx]'.")
         chosen = _toy(config) if toy else config
-        sam = Sam(chosen)
-        params = sam.init_params(jax.random.key(0))
-        model: Any = SamModel(sam, params)
-        if bits is not None:
-            model = random_quantized(chosen, params, QuantConfig(w_bits=bits, a_bits=bits))
         with tempfile.TemporaryDirectory() as folder:
-            export_onnx(model, folder, vnni=vnni)
+            export_onnx(_model(chosen, bits), folder, vnni=vnni)
             return Work(peers.onnxruntime_run(Path(folder) / "encoder.onnx", chosen.img_size))
 
     return prepare
@@ -241,13 +255,21 @@ ROWS = (
         _encoder(VIT_B),
         {"torch": _torch_encoder(VIT_B, fused=True)},
     ),
-    Row("encoder_b_w4a4", "the same at W4A4: int8 levels", _quantized_encoder(VIT_B, 4), beside="encoder_b"),
-    Row("encoder_b_w8a8", "the same at W8A8", _quantized_encoder(VIT_B, 8), beside="encoder_b"),
+    Row("encoder_b_w4a4", "the same at W4A4: int8 levels", _encoder(VIT_B, 4), beside="encoder_b"),
+    Row("encoder_b_w8a8", "the same at W8A8", _encoder(VIT_B, 8), beside="encoder_b"),
     Row("encoder_l", "SAM-L image encoder, 1x1024x1024", _encoder(VIT_L), {"torch": _torch_encoder(VIT_L)}),
     Row("encoder_h", "SAM-H image encoder, 1x1024x1024", _encoder(VIT_H), {"torch": _torch_encoder(VIT_H)}),
+    Row("encoder_mobile_sam", "MobileSAM image encoder, 1x1024x1024", _encoder(MOBILE_SAM)),
+    Row("encoder_mobile_sam_w4a4", "the same at W4A4", _encoder(MOBILE_SAM, 4), beside="encoder_mobile_sam"),
+    Row("encoder_sam2_tiny", "SAM 2.1 tiny image encoder, 1x1024x1024", _encoder(SAM2_TINY)),
+    Row("encoder_sam2_tiny_w4a4", "the same at W4A4", _encoder(SAM2_TINY, 4), beside="encoder_sam2_tiny"),
+    Row("image_mini", "MINI, an image with 8 boxes", _answer(MINI)),
+    Row("image_mini_w4a4", "the same at W4A4", _answer(MINI, 4), beside="image_mini"),
     Row("onnx_b", "SAM-B image encoder, our ONNX file in ONNX Runtime", _onnx_encoder(VIT_B, None), _runtimes(VIT_B)),
     Row("onnx_b_w4a4", "the same at W4A4", _onnx_encoder(VIT_B, 4), _runtimes(VIT_B)),
     Row("onnx_b_w8a8", "the same at W8A8", _onnx_encoder(VIT_B, 8), _runtimes(VIT_B)),
+    Row("onnx_sam2_tiny", "SAM 2.1 tiny image encoder, our ONNX file in ONNX Runtime", _onnx_encoder(SAM2_TINY, None)),
+    Row("onnx_sam2_tiny_w4a4", "the same at W4A4", _onnx_encoder(SAM2_TINY, 4), beside="onnx_sam2_tiny"),
     Row("onnx_b_w8a8_vnni", "the same for processors with VNNI", _onnx_encoder(VIT_B, 8, True), _runtimes(VIT_B)),
     Row(
         "hluq_search",

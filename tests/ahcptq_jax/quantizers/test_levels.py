@@ -48,7 +48,7 @@ def all_codes(quantizer):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 5, 6, 7))])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_levels_of_a_quantizer_on_the_grid_are_its_values(bits, data):
     quantizer = data.draw(quantizers(bits))
