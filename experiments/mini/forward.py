@@ -89,7 +89,7 @@ def upscale(sam: Segmenter, params: Params, features: Any) -> jax.Array:
 def encode_prompts(sam: Segmenter, params: Params, prompts: Prompts) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sparse (N, Q + 1, C), dense (N, g, g, C) and the positions of the image, float32.
 
-    The tokens are those that `PromptEncoder` makes: a box and Q - 1 points, or Q points and a padding point.
+    The tokens are those that the model's prompt encoder makes: a box and Q - 1 points, or Q points and a padding point.
     """
     b, p = prompts.boxed.shape
     n, size = b * p, prompts.masks.shape[-1]
@@ -103,6 +103,9 @@ def encode_prompts(sam: Segmenter, params: Params, prompts: Prompts) -> tuple[ja
     beside = (points[:, 1:], labels[:, 1:]) if labels.shape[1] > 1 else None
     with_box, unmasked = embed(beside, boxes, None)
     without, _ = embed((points, labels), None, None)
+    if missing := with_box.shape[1] - without.shape[1]:
+        # SAM 2 has a padding token behind boxes, too: behind points that token stands twice here.
+        without = jnp.concatenate([without, jnp.repeat(without[:, -1:], missing, axis=1)], axis=1)
     sparse = jnp.where(prompts.boxed.reshape(n, 1, 1), with_box, without)
     _, masked = embed(None, boxes, prompts.masks.reshape(n, size, size, 1))
     dense = jnp.where(prompts.masked.reshape(n, 1, 1, 1), masked, unmasked)

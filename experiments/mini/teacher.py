@@ -42,7 +42,8 @@ def with_heads_of(params: Params, teacher: Params) -> Params:
     for path, own in found.items():
         other = given.get(path)
         if path.startswith(HEADS) and other is not None and jnp.shape(other) == jnp.shape(own):
-            found[path] = jnp.asarray(other, jnp.float32)
+            # Copied: a step of training takes the memory of its parameters for its results.
+            found[path] = jnp.array(other, jnp.float32, copy=True)
         elif path.startswith("image_encoder/neck/high_res_"):
             found[path] = jnp.zeros_like(own)
     return unflatten(found)
