@@ -31,8 +31,10 @@ from sam_flax.errors import InputError
 
 try:
     import onnxruntime
-except ImportError:
-    onnxruntime = None
+
+    from ahcptq_jax.formats.onnx import export_onnx
+except (ImportError, InputError):  # an extra
+    onnxruntime = export_onnx = None  # type: ignore[assignment]
 
 CORNERS = (2.0, 3.0)  # labels of a box's two points
 BOXES = 8  # an image's boxes are repeated or cut to this number, so that one compilation serves all
@@ -58,6 +60,11 @@ class Agreement:
     theirs: list[float] = dataclasses.field(default_factory=list)
 
 
+def _check_installed() -> None:
+    if onnxruntime is None:
+        raise InputError("This needs the packages onnx and onnxruntime; pip install 'ahcptq-jax[onnx]'.")
+
+
 class Files:
     """`encoder.onnx` and `decoder.onnx` of a folder in ONNX Runtime, on its CPU provider.
 
@@ -66,8 +73,7 @@ class Files:
     """
 
     def __init__(self, folder: Path):
-        if onnxruntime is None:
-            raise InputError("This needs the package onnxruntime; install it with pip install 'ahcptq-jax[onnx]'.")
+        _check_installed()
         self.encoder, self.decoder = (
             onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
             for name in ("encoder", "decoder")
@@ -137,8 +143,7 @@ def report(found: Agreement) -> str:
 
 def check(quantized: Quantized, options: Options) -> Agreement:
     """Exports the model to a temporary folder and compares it on the evaluation images."""
-    from ahcptq_jax.formats.onnx import export_onnx  # raises a sentence where the extra is missing
-
+    _check_installed()
     dataset, found = evaluation_set(options, quantized.config), Agreement()
     boxes = coco.annotated_boxes(dataset).per_image
     items = [item for item in dataset.items if len(boxes[item.image_id])]
