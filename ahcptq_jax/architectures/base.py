@@ -6,6 +6,7 @@ reconstruction, the runtime and the file ask the architecture, and know no param
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 
 from ahcptq_jax.architectures.sites import below, flatten, intercept_sites, unflatten
 from ahcptq_jax.rules import Rule
+from sam_flax.encoders import attention
 from sam_flax.errors import InputError
 from sam_flax.sam import Params, call
 from sam_flax.stages import Stage, StageGraph
@@ -248,12 +250,11 @@ class Architecture(abc.ABC):
         Args:
             q: queries, scaled.
             k: all keys.
-            biases: what the `operands` site sees behind q, k and v; the row before the last axis is the query's.
+            biases: what the `operands` site sees behind q, k and v; the row before the last axis is the query's. They
+                are added to the scores here; an architecture whose biases are meant otherwise says so in its own.
         """
         if biases:
-            raise NotImplementedError(
-                f"The attentions of the architecture {self.name} have biases; its attention_map must say where they go."
-            )
+            return attention.attention_probabilities(q, k, functools.reduce(jnp.add, biases))
         return nn.softmax(q @ jnp.swapaxes(k, -1, -2))
 
     def rewritable(self, sam: Module) -> Rewritable:

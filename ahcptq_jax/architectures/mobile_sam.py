@@ -6,7 +6,6 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from ahcptq_jax.architectures import sam_heads
 from ahcptq_jax.architectures.base import (
@@ -79,12 +78,6 @@ class MobileSamArchitecture(sam_heads.SamFamily):
 
     def whole_decoder(self, sam: MobileSam) -> Unit:
         return sam_heads.whole_decoder(sam.config)
-
-    def attention_map(
-        self, q: Float[Array, "*g m d"], k: Float[Array, "*g n d"], *biases: Float[Array, "..."]
-    ) -> Float[Array, "*g m n"]:
-        """See `Architecture.attention_map`; the encoder's attentions add one bias for each pair of tokens."""
-        return attention.attention_probabilities(q, k, *biases) if biases else super().attention_map(q, k)
 
     def rewritable(self, sam: MobileSam) -> Rewritable:
         config, norms = sam.config, []
