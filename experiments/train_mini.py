@@ -11,19 +11,21 @@ held-back photographs and scenes), `mini.safetensors`.
 import os
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from ahcptq_jax.command import finish, launch
 from experiments.mini.atlas import AtlasSettings, build_atlas
 from experiments.mini.augment import BatchSettings
 from experiments.mini.folders import find_folders, list_records
 from experiments.mini.losses import LossWeights
 from experiments.mini.models import MODELS
 from experiments.mini.schedule import Schedule
-from experiments.mini.teacher import Teacher
+from experiments.mini.teacher import load_teacher
 from experiments.mini.train import RunSettings, train
 from experiments.mini.views import ViewSettings
 from sam_flax.config import SegmenterConfig
-from sam_flax.files.checkpoint import load_params, load_sam
+from sam_flax.errors import InputError
+from sam_flax.files.checkpoint import load_params
 
 FLAGS = flags.FLAGS
 
@@ -32,7 +34,7 @@ def parse_weights(text: str) -> tuple[tuple[str, float], ...]:
     """`name=weight,name=weight` as pairs.
 
     Raises:
-        ValueError: if it is not of that form.
+        InputError: if it is not of that form.
     """
     pairs = []
     for part in filter(None, text.split(",")):
@@ -40,7 +42,7 @@ def parse_weights(text: str) -> tuple[tuple[str, float], ...]:
         try:
             pairs.append((name, float(weight)))
         except ValueError:
-            raise ValueError(f"--source_weights has {part!r}; write name=weight, separated by commas.") from None
+            raise InputError(f"--source_weights has {part!r}; write name=weight, separated by commas.") from None
     return tuple(pairs)
 
 
@@ -67,11 +69,13 @@ def batch_settings(config: SegmenterConfig) -> BatchSettings:
     )
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"{argv[1]!r} is an unexpected argument; every option is a --flag.")
+def work() -> int:
+    """Trains as the flags say."""
     sam = MODELS[FLAGS.config]
     config = sam.config
+    start = load_params(FLAGS.start)[1] if FLAGS.start else None
+    teacher = load_teacher(FLAGS.teacher, sam) if FLAGS.teacher else None
+    weights = parse_weights(FLAGS.source_weights)
     folders = find_folders(FLAGS.photos, FLAGS.coco)
     # The photographs of --coco are all trained on: it comes with a validation half of its own.
     divided = [r for f in folders if f.source == "photos" for r in list_records(f)]
@@ -90,7 +94,7 @@ def main(argv: list[str]) -> None:
     run = RunSettings(
         seed=FLAGS.seed,
         scene_share=FLAGS.scene_share,
-        source_weights=parse_weights(FLAGS.source_weights),
+        source_weights=weights,
         precision=FLAGS.precision,
         log_every=FLAGS.log_every,
         eval_every=FLAGS.eval_every,
@@ -98,9 +102,8 @@ def main(argv: list[str]) -> None:
         minutes=FLAGS.minutes,
         losses=LossWeights(dice=FLAGS.dice, dense=FLAGS.dense, second=FLAGS.second),
     )
-    start = load_params(FLAGS.start)[1] if FLAGS.start else None
-    teacher = Teacher(*load_sam(FLAGS.teacher)) if FLAGS.teacher else None
     train(Path(FLAGS.out), sam, schedule, batches, run, atlas, sources, start, teacher)
+    return 0
 
 
 if __name__ == "__main__":
@@ -143,4 +146,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("log_every", 100, "Steps between lines of the curve.")
     flags.DEFINE_integer("eval_every", 1000, "Steps between its scores; 0: none.")
     flags.DEFINE_float("save_minutes", 1.0, "Minutes between saved states.")
-    app.run(main)
+    launch(lambda argv: finish(argv, work, lambda: f"the last state in {FLAGS.out} is kept."))

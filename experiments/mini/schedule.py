@@ -110,9 +110,9 @@ def make_step(
     precision: jnp.dtype,
     teacher: Segmenter | None = None,
 ) -> Step:
-    """One jitted optimisation step: (state, key, total, atlas, cumulative weights, teacher) -> state, metrics.
+    """One jitted optimisation step: (state, key, total, atlas, cumulative weights, taught) -> state, metrics.
 
-    The last argument are the parameters of the `teacher`, or None.
+    `taught` are the parameters of the module `teacher`, or None where there is no teacher.
 
     The batch is drawn by the key and the state's step alone.
     """

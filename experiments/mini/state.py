@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.mini.schedule import TrainState
+from sam_flax.errors import InputError
 
 
 def save_state(path: Path, state: TrainState, fingerprint: str) -> None:
@@ -24,7 +25,7 @@ def load_state(path: Path, like: TrainState, fingerprint: str) -> TrainState:
     """Reads a state written by `save_state`.
 
     Raises:
-        ValueError: if the file is corrupt or was written by a run with other flags.
+        InputError: if the file is corrupt or was written by a run with other flags.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -32,7 +33,7 @@ def load_state(path: Path, like: TrainState, fingerprint: str) -> TrainState:
             leaves, treedef = jax.tree.flatten(like)
             loaded = [archive[f"leaf_{i}"] for i in range(len(leaves))]
     except Exception as error:
-        raise ValueError(f"{path} is not a readable training state ({error}); delete it to start over.") from error
+        raise InputError(f"{path} is not a readable training state ({error}); delete it to start over.") from error
     if found != fingerprint:
-        raise ValueError(f"{path} belongs to a run with other flags ({found}); use another --out or delete it.")
+        raise InputError(f"{path} belongs to a run with other flags ({found}); use another --out or delete it.")
     return jax.tree.unflatten(treedef, [jnp.asarray(a, b.dtype) for a, b in zip(loaded, leaves, strict=True)])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ahcptq_jax.architectures.sites import flatten, unflatten
 from experiments.mini.forward import embedding_of, encode
 from sam_flax.errors import InputError
+from sam_flax.files.checkpoint import load_sam
 from sam_flax.sam import Params
 from sam_flax.segmenter import Segmenter
 
@@ -23,14 +24,20 @@ class Teacher(NamedTuple):
     params: Params
 
 
-def check_grids(sam: Segmenter, teacher: Segmenter) -> None:
-    """Raises InputError unless both make embeddings of one shape."""
-    own, other = ((s.config.grid, s.config.out_chans) for s in (sam, teacher))
+def load_teacher(checkpoint: str, sam: Segmenter) -> Teacher:
+    """The teacher of a model: its name or file as `load_sam` takes it.
+
+    Raises:
+        InputError: if it cannot be loaded, or makes embeddings of another shape than the model.
+    """
+    teacher = Teacher(*load_sam(checkpoint))
+    own, other = ((s.config.grid, s.config.out_chans) for s in (sam, teacher.sam))
     if own != other:
         raise InputError(
-            f"--teacher makes embeddings of {other[0]}x{other[0]} tokens and {other[1]} channels, but --config of "
-            f"{own[0]}x{own[0]} and {own[1]}; choose another teacher."
+            f"--teacher={checkpoint} makes embeddings of {other[0]}x{other[0]} tokens and {other[1]} channels, but "
+            f"--config of {own[0]}x{own[0]} and {own[1]}; choose another teacher."
         )
+    return teacher
 
 
 def with_heads_of(params: Params, teacher: Params) -> Params:

@@ -17,7 +17,7 @@ from experiments.mini.losses import LossWeights
 from experiments.mini.schedule import Schedule, Step, make_step, start_state
 from experiments.mini.start import init_params, with_auxiliary
 from experiments.mini.state import load_state, save_state
-from experiments.mini.teacher import Teacher, check_grids, with_heads_of
+from experiments.mini.teacher import Teacher, with_heads_of
 from sam_flax.config import SegmenterConfig
 from sam_flax.files.checkpoint import save_params
 from sam_flax.sam import Params
@@ -76,17 +76,17 @@ def train(
         atlas: the images.
         sources: where each of them comes from.
         start: weights to start from instead of random ones, without training heads.
-        teacher: a model whose heads the training starts from, too, and whose embeddings the encoder learns to make.
+        teacher: a model whose embeddings the encoder learns to make, of the same shape; without `start`, its heads are
+            what the training starts from.
 
     Raises:
-        InputError: if embeddings of model and teacher have different shapes, or a saved state is of other settings.
+        InputError: if the state in `out` is damaged, or of a run with other settings.
     """
     begun = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     config = sam.config
     params = init_params(sam, run.seed) if start is None else with_auxiliary(start, config, run.seed)
-    if teacher is not None:
-        check_grids(sam, teacher.sam)
+    if start is None and teacher is not None:
         params = with_heads_of(params, teacher.params)
     state = start_state(params, schedule)
     fingerprint = _fingerprint(config, schedule, batches, run, start, teacher)
@@ -187,16 +187,8 @@ def _fingerprint(
 ) -> str:
     # The length of the last phase may change on resuming: it shapes the remaining steps only.
     past = {k: v for k, v in dataclasses.asdict(schedule).items() if k != "joint_steps"}
-    what: tuple[Any, ...] = (
-        run.seed,
-        run.scene_share,
-        run.source_weights,
-        run.precision,
-        run.losses,
-        start is not None,
-    )
-    if teacher is not None:
-        what = (*what, teacher.sam.config.to_dict())
+    by = None if teacher is None else teacher.sam.config.to_dict()
+    what = (run.seed, run.scene_share, run.source_weights, run.precision, run.losses, start is not None, by)
     return json.dumps([config.to_dict(), past, dataclasses.asdict(batches), what])
 
 

@@ -1,6 +1,6 @@
 """Small models of other families, and learning from a teacher's embeddings."""
 
-import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from experiments.mini import atlas as atlases
 from experiments.mini import augment, losses, schedule, start, teacher, views
 from experiments.mini.forward import encode
 from experiments.mini.models import MODELS
-from sam_flax import SamConfig
+from sam_flax import SamConfig, save_params
 from sam_flax.encoders.hiera import Features, Sam2Config
 from sam_flax.encoders.tiny_vit import MobileSamConfig
 from sam_flax.errors import InputError
@@ -101,13 +101,12 @@ def test_distance_is_relative_to_the_teacher_and_leaves_it_alone(student: Any, t
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen))
 
 
-def test_a_teacher_of_another_grid_is_refused(student: Any) -> None:
-    other = Sam(dataclasses.replace(TEACHER.config, img_size=64))
-    with pytest.raises(
-        InputError, match="--teacher makes embeddings of 8x8 tokens and 16 channels, but --config of 4x4"
-    ):
-        teacher.check_grids(student, other)
-    teacher.check_grids(student, TEACHER)
+def test_a_teacher_of_another_grid_is_refused(student: Any, taught: teacher.Teacher, tmp_path: Path) -> None:
+    path = str(tmp_path / "teacher.safetensors")
+    save_params(path, TEACHER.config, taught.params)
+    assert teacher.load_teacher(path, student).sam == TEACHER
+    with pytest.raises(InputError, match="embeddings of 4x4 tokens and 16 channels, but --config of 20x20 and 128"):
+        teacher.load_teacher(path, MODELS["mini-tiny-vit"])
 
 
 @pytest.mark.slow
