@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 import ahcptq_jax
 from ahcptq_jax import Quantized
@@ -30,7 +29,7 @@ from experiments.job.plan import calibration_set, evaluation_set
 from sam_flax import CONFIGS, Sam, load_sam, preprocessing
 
 NEAR = 1e-3  # of the mask threshold, in logits
-BOXES = 8  # a picture's boxes are repeated or cut to this number, so that one compilation serves all
+BOXES = 8  # on each image
 
 
 @dataclasses.dataclass
@@ -98,14 +97,11 @@ def model_to_check(options: Options, random: str) -> Quantized:
 
 def check(quantized: Quantized, options: Options, plain: bool = True) -> Counts:
     """Compares both paths on the evaluation images, prompted with their annotated boxes."""
-    dataset = evaluation_set(options, quantized.config)
-    boxes, counts = coco.annotated_boxes(dataset).per_image, Counts()
-    items = [item for item in dataset.items if len(boxes[item.image_id])]
-    for item, image in tqdm(coco.stream_images(dataset, items), total=len(items), desc="compare"):
+    dataset, counts = evaluation_set(options, quantized.config), Counts()
+    for image, boxes in coco.prompted_images(dataset, BOXES, "compare"):
         canvas, _ = preprocessing.prepare_image(image, quantized.config)
-        own = preprocessing.transform_of(quantized.config).apply_boxes(boxes[item.image_id].boxes, image.shape[:2])
-        prompts = jnp.asarray(np.resize(own, (BOXES, 4)), jnp.float32)
-        compare(quantized, jnp.asarray(canvas[None]), prompts, counts, plain)
+        prompts = preprocessing.transform_of(quantized.config).apply_boxes(boxes, image.shape[:2])
+        compare(quantized, jnp.asarray(canvas[None]), jnp.asarray(prompts, jnp.float32), counts, plain)
     return counts
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import ahcptq_jax
 from ahcptq_jax import Quantized
@@ -37,7 +36,7 @@ except (ImportError, InputError):  # an extra
     onnxruntime = export_onnx = None  # type: ignore[assignment]
 
 CORNERS = (2.0, 3.0)  # labels of a box's two points
-BOXES = 8  # an image's boxes are repeated or cut to this number, so that one compilation serves all
+BOXES = 8  # on each image
 
 
 @dataclasses.dataclass
@@ -101,7 +100,7 @@ class Files:
 
 def compare(quantized: Quantized, files: Files, image: np.ndarray, boxes: np.ndarray, found: Agreement) -> None:
     """Adds what one image (H, W, 3) with boxes (N, 4) in its pixels shows."""
-    size, boxes = (image.shape[0], image.shape[1]), np.resize(boxes, (BOXES, 4))
+    size = (image.shape[0], image.shape[1])
     begun = time.perf_counter()
     predictor = SamPredictor(quantized)
     predictor.set_image(image)
@@ -145,13 +144,11 @@ def check(quantized: Quantized, options: Options) -> Agreement:
     """Exports the model to a temporary folder and compares it on the evaluation images."""
     _check_installed()
     dataset, found = evaluation_set(options, quantized.config), Agreement()
-    boxes = coco.annotated_boxes(dataset).per_image
-    items = [item for item in dataset.items if len(boxes[item.image_id])]
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(quantized, folder)
         files = Files(Path(folder))
-        for item, image in tqdm(coco.stream_images(dataset, items), total=len(items), desc="compare"):
-            compare(quantized, files, image, np.asarray(boxes[item.image_id].boxes), found)
+        for image, boxes in coco.prompted_images(dataset, BOXES, "compare"):
+            compare(quantized, files, image, boxes, found)
     return found
 
 

@@ -18,3 +18,4 @@ from experiments.coco.prompts import ImageBoxes as ImageBoxes
 from experiments.coco.prompts import annotated_boxes as annotated_boxes
 from experiments.coco.prompts import load_boxes as load_boxes
 from experiments.coco.prompts import load_detections as load_detections
+from experiments.coco.prompts import prompted_images as prompted_images

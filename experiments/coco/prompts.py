@@ -5,13 +5,14 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from experiments.coco.dataset import CocoDataset
+from experiments.coco.dataset import CocoDataset, stream_images
 from sam_flax.errors import InputError
 from sam_flax.files.coco_boxes import XYWH, Corners, clip_box, misreading, parse_box, without_area
 from sam_flax.files.json_values import is_integer, is_number, read_json
@@ -108,6 +109,20 @@ def annotated_boxes(dataset: CocoDataset) -> BoxSet:
             "give a detector's results file with --boxes."
         )
     return boxes
+
+
+def prompted_images(dataset: CocoDataset, count: int, progress: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields images (H, W, 3) with `count` annotated boxes each, (count, 4), so that one compilation serves all.
+
+    Args:
+      dataset: where from; images without a box are left out.
+      count: an image's boxes are repeated or cut to this number.
+      progress: what the bar on stderr is called.
+    """
+    boxes = annotated_boxes(dataset).per_image
+    items = [item for item in dataset.items if len(boxes[item.image_id])]
+    for item, image in tqdm(stream_images(dataset, items), total=len(items), desc=progress):
+        yield image, np.resize(boxes[item.image_id].boxes, (count, 4))
 
 
 def load_detections(

@@ -10,32 +10,18 @@ from experiments import onnx_check
 from experiments.bench.made_up import random_quantized
 from experiments.job.options import Options
 from experiments.job.plan import evaluation_set
-from sam_flax import Sam, SamConfig
+from sam_flax import Sam
 from sam_flax.errors import InputError
+from tests.experiments.tiny import TINY
 
 pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 from ahcptq_jax.formats.onnx import export_onnx  # noqa: E402
 
-CONFIG = SamConfig(
-    img_size=64,
-    patch_size=16,
-    embed_dim=16,
-    depth=1,
-    num_heads=2,
-    window_size=2,
-    global_attn_indexes=(0,),
-    out_chans=16,
-    decoder_depth=1,
-    decoder_num_heads=2,
-    decoder_mlp_dim=16,
-    iou_head_hidden_dim=16,
-)
-
 
 def model(seed: int) -> onnx_check.Quantized:
-    return random_quantized(CONFIG, Sam(CONFIG).init_params(jax.random.key(seed)))
+    return random_quantized(TINY, Sam(TINY).init_params(jax.random.key(seed)))
 
 
 def test_files_are_found_equal_to_their_model() -> None:
@@ -49,7 +35,7 @@ def test_files_are_found_equal_to_their_model() -> None:
 @pytest.mark.slow
 def test_files_of_another_model_are_told(tmp_path: Path) -> None:
     export_onnx(model(1), tmp_path)
-    dataset, found = evaluation_set(Options(num_scenes=1), CONFIG), onnx_check.Agreement()
+    dataset, found = evaluation_set(Options(num_scenes=1), TINY), onnx_check.Agreement()
     image = dataset.read_image(dataset.items[0])
     boxes = np.array([[2.0, 2, 20, 20], [8, 8, 30, 30]])
     onnx_check.compare(model(0), onnx_check.Files(tmp_path), image, boxes, found)

@@ -11,7 +11,7 @@ from ahcptq_jax.formats.onnx.attention import attend_in_parts, encoder_projectio
 from ahcptq_jax.formats.onnx.graph import Graph
 from ahcptq_jax.formats.onnx.layers import Context, layer_norm, linear, mlp_part
 from ahcptq_jax.formats.onnx.windows import Windows
-from sam_flax.encoders.hiera import LEVELS, PATCH_KERNEL, PATCH_STRIDE, Sam2Config, cubic_matrix, make_block
+from sam_flax.encoders.hiera import PATCH_KERNEL, PATCH_STRIDE, Sam2Config, cubic_matrix, make_block
 
 _PREFIX = "image_encoder"
 
@@ -87,7 +87,6 @@ def _neck(context: Context, levels: list[str], last_side: int) -> tuple[str, str
     """All levels at the decoder's width; the third has the fourth added to it, the first two are made narrower."""
     graph, path = context.graph, f"{_PREFIX}/neck"
     first, second, third, fourth = (linear(context, x, f"{path}/convs_{i}") for i, x in enumerate(levels))
-    assert len(levels) == LEVELS
     channels = context.model.config.out_chans
     apart = graph.reshape(fourth, last_side, 1, last_side, 1, channels)
     copied = graph.node("Expand", apart, graph.shape(last_side, 2, last_side, 2, channels))

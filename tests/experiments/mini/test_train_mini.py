@@ -15,23 +15,10 @@ from experiments.coco.masks import encode
 from experiments.mini import atlas as atlases
 from experiments.mini import augment, folders, losses, schedule, shrink, start, state, train, views
 from experiments.scenes.scenes import TRAIN_SEED, make_scene
-from sam_flax import SamConfig, load_params
+from sam_flax import load_params
 from sam_flax.sam import Sam
+from tests.experiments.tiny import TINY
 
-TINY = SamConfig(
-    img_size=64,
-    patch_size=16,
-    embed_dim=16,
-    depth=1,
-    num_heads=1,
-    window_size=2,
-    global_attn_indexes=(0,),
-    out_chans=16,
-    decoder_depth=1,
-    decoder_num_heads=2,
-    decoder_mlp_dim=16,
-    iou_head_hidden_dim=16,
-)
 VIEWS = views.ViewSettings(canvas=64, prompts=4)
 SETTINGS = augment.BatchSettings(batch=16, cells=TINY.mask_size, views=VIEWS)
 SIDE = 96
