@@ -1,5 +1,6 @@
 """What several test files share: stored numbers of the official functions, and a tiny SAM."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,9 @@ jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", float(_CACHE_FROM_SECONDS))
 # Full float32 products, on accelerators too: the references were computed so.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# What JAX keeps of its programs makes every collection long: rarer ones save a twentieth of three files' time.
+gc.set_threshold(100_000, 50, 100)
 
 DATA = Path(__file__).parent / "data"
 # The files that take longest: a worker that began one of them last would keep all others waiting.

@@ -78,10 +78,8 @@ def test_peers_of_other_runtimes_run(tmp_path: Path, peers_of: str) -> None:
     assert f"| {expected[0]} / ours |" in done.stdout
 
 
-_SLOW_ROWS = [pytest.param(name, marks=pytest.mark.slow) for name in ("onnx_b", "onnx_b_w8a8")]
-
-
-@pytest.mark.parametrize("name", ["onnx_b_w4a4", *_SLOW_ROWS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["onnx_b", "onnx_b_w4a4", "onnx_b_w8a8"])
 def test_our_onnx_files_run(name: str) -> None:
     pytest.importorskip("onnx", reason="the extra onnx is not installed")
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")

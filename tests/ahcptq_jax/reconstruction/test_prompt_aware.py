@@ -46,6 +46,7 @@ def test_the_loss_is_what_the_transformer_returns(place):
     output, target = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
     boxes = jnp.asarray(place.boxes[0])
 
+    @jax.jit
     def tokens(value):
         neck = SAM_VIT.neck(sam)
         embedding = call(neck.module, params["image_encoder"]["neck"], value)
@@ -61,9 +62,10 @@ def test_the_loss_is_what_the_transformer_returns(place):
         ]
 
     expected = np.mean(np.sum(np.square(np.asarray(tokens(output)) - np.asarray(tokens(target))), axis=-1))
-    found = objective.loss(output, target, (boxes[None],), objective.shared)
+    loss = jax.jit(objective.loss)
+    found = loss(output, target, (boxes[None],), objective.shared)
     assert float(found) == pytest.approx(float(expected), rel=1e-4) and float(found) > 0
-    assert float(objective.loss(output, output, (boxes[None],), objective.shared)) == 0
+    assert float(loss(output, output, (boxes[None],), objective.shared)) == 0
 
 
 def test_other_families_are_refused():

@@ -87,7 +87,7 @@ def test_distance_is_relative_to_the_teacher_and_leaves_it_alone(student: Any, t
     ramp = jnp.linspace(40.0, 210.0, 32)[None, :, None, None]
     small = jnp.concatenate([ramp + 0 * ramp.swapaxes(1, 2), ramp.swapaxes(1, 2) + 0 * ramp]) + jnp.zeros(3)
     images = jnp.repeat(jnp.repeat(small, side // 32, 1), side // 32, 2)
-    wanted = encode(*taught, small, precision)
+    wanted = jax.jit(lambda params: encode(TEACHER, params, small, precision))(taught.params)
 
     @jax.jit
     def distance(embedding: jax.Array, params: Any) -> jax.Array:
@@ -97,7 +97,7 @@ def test_distance_is_relative_to_the_teacher_and_leaves_it_alone(student: Any, t
     # Each pixel of the small image is a square of the large one: resampling gives it back but for its edges.
     assert float(distance(wanted, taught.params)) < (1e-3 if side == 32 else 0.03)
     np.testing.assert_allclose(distance(jnp.zeros_like(wanted), taught.params), 1.0, rtol=1e-5)
-    frozen = jax.grad(distance, argnums=1)(wanted + 1, taught.params)
+    frozen = jax.jit(jax.grad(distance, argnums=1))(wanted + 1, taught.params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(frozen))
 
 
