@@ -24,6 +24,7 @@ def model(seed: int) -> onnx_check.Quantized:
     return random_quantized(TINY, Sam(TINY).init_params(jax.random.key(seed)))
 
 
+@pytest.mark.slow
 def test_files_are_found_equal_to_their_model() -> None:
     found = onnx_check.check(model(0), Options(num_scenes=3))
     assert found.equal_cells / found.cells > 0.999
