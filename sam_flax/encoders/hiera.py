@@ -242,11 +242,12 @@ class PyramidNeck(nn.Module):
         c = self.out_chans
         self.convs = [Linear(width, c) for width in self.widths]
         self.high_res = [Linear(c, c // 8), Linear(c, c // 4)]  # conv_s0 and conv_s1 of the official decoder
-        self.no_mem_embed = self.param("no_mem_embed", nn.initializers.normal(0.02), (c,))
 
+    @nn.compact  # and not in `setup`, so that the other two outputs are computed without this parameter
     def embedding(self, third: jax.Array, fourth: jax.Array) -> jax.Array:  # -> (B, g, g, C)
+        no_mem_embed = self.param("no_mem_embed", nn.initializers.normal(0.02), (self.out_chans,))
         upsampled = jnp.repeat(jnp.repeat(self.convs[3](fourth), 2, axis=1), 2, axis=2)
-        return self.convs[2](third) + upsampled + self.no_mem_embed
+        return self.convs[2](third) + upsampled + no_mem_embed
 
     def quarter(self, first: jax.Array) -> jax.Array:  # -> (B, 4g, 4g, C/8)
         return self.high_res[0](self.convs[0](first))

@@ -12,11 +12,11 @@ import pytest
 import ahcptq_jax
 from ahcptq_jax import METHODS, QuantConfig, ReconstructionConfig
 from ahcptq_jax.architectures import architecture_of
-from ahcptq_jax.architectures.sites import flatten
+from ahcptq_jax.architectures.sites import flatten, unflatten
 from ahcptq_jax.formats import stablehlo
 from ahcptq_jax.formats.onnx.export import export_onnx
 from ahcptq_jax.recipe import recipe_of
-from ahcptq_jax.reconstruction.units import encoder_units
+from ahcptq_jax.reconstruction.units import encoder_units, run_unit
 from ahcptq_jax.runtime.integer import integer_model
 from sam_flax import SamAutomaticMaskGenerator, SamModel, SamPredictor
 from sam_flax.encoders.hiera import SAM2_TINY, Features, Sam2Config
@@ -24,6 +24,7 @@ from sam_flax.encoders.tiny_vit import MOBILE_SAM, MobileSamConfig
 from sam_flax.mobile_sam import MobileSam
 from sam_flax.preprocessing import prepare_image, resample
 from sam_flax.sam2 import Sam2
+from sam_flax.stages import EMBEDDED
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
@@ -121,6 +122,21 @@ def test_units_have_every_quantized_layer_once(family, quantized):
             for path in unit.own({path: 0 for path in quantized.weights})
         ]
         assert sorted(found) == sorted(path for path in quantized.weights if path.startswith("image_encoder/"))
+
+
+@pytest.mark.parametrize("granularity", ["part", "block"])
+def test_units_in_turn_are_the_encoder(family, params, canvas, granularity):
+    """Each with no parameters but its own."""
+    sam, flat = TINY[family], flatten(params)
+    architecture = architecture_of(sam)
+    values = {EMBEDDED: architecture.embed(sam, params, canvas)}
+    for unit in encoder_units(sam, granularity):
+        args = tuple(values[name] for name in unit.inputs)
+        values[unit.name] = run_unit(unit.operation, unflatten(unit.own(flat)), {}, {}, args)
+    found = [values[name] for name in architecture.unit_outputs(sam, granularity)]
+    wanted = jax.tree.leaves(SamModel(sam, params).encode_image(canvas))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_it_computes_nearly_what_it_did(family, params, quantized, canvas):
