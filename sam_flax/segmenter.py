@@ -149,8 +149,8 @@ def parameters_at(params: Params, prefix: str) -> Params:
     return params
 
 
-# Values of one call of a generator. Programs of a fixed size: every size that is drawn compiles for half a second on a
-# processor, 25 s for the 26 shapes of a SAM of two blocks.
+# A generator draws this many values at a call, whatever the shape that is asked for: a generator of another size is
+# another program, and compiling it takes half a second on a CPU, 25 s for the 26 shapes of a SAM of two blocks.
 _CHUNK = 1 << 16
 _UNIFORM = jax.jit(lambda key: jax.random.uniform(key, (_CHUNK,), minval=-1.0))
 _NORMAL = jax.jit(lambda key: jax.random.normal(key, (_CHUNK,)))
